@@ -59,21 +59,31 @@ def _bands(self:LogMel, fr):
     x = x.square() if x.requires_grad else x.square_()
     return torch.cat([x[:, a:z] @ getattr(self, f'_w{i}') for i, (a, z) in enumerate(self._spans)], 1)
 
-# %% ../../nbs/20a_features.mel.ipynb #58e347f6
+# %% ../../nbs/20a_features.mel.ipynb #944174e8
+@patch
+def _piece(self:LogMel, wav, size):
+    "Mel power `(b, m, n)` of clips `(b, t)`, at most `size` frames at a time."
+    fr = frames(wav, self.n_fft, self.hop)
+    step = -(-fr.shape[1] // -(-fr.shape[1] // size))
+    out = [self._bands(q.reshape(-1, self.n_fft)).unflatten(0, q.shape[:2]) for q in fr.split(step, 1)]
+    return torch.cat(out, 1).mT.contiguous()
+
+# %% ../../nbs/20a_features.mel.ipynb #46e0f61e
+@patch
+def _map(self:LogMel, wav, fn):
+    "Apply `fn` to the mel power of `wav` `(..., t)`, a few clips at a time."
+    n, size = self.shape(wav.shape[-1])[1], 384 if wav.device.type == 'cpu' else 16384
+    clips = wav.reshape(-1, wav.shape[-1]).split(max(1, size // n))
+    with torch.autocast(wav.device.type, enabled=False): out = [fn(self._piece(c.float(), size)) for c in clips]
+    return torch.cat(out).reshape(*wav.shape[:-1], self.n_mels, n)
+
+# %% ../../nbs/20a_features.mel.ipynb #0cd87f5d
 @patch
 def mel_power(self:LogMel,
               wav:torch.Tensor,  # Clips `(..., t)`
              )->torch.Tensor:    # Mel power `(..., m, n)`
     "Power in every band of every frame."
-    fr = frames(wav.reshape(-1, wav.shape[-1]), self.n_fft, self.hop)
-    b, n = fr.shape[:2]
-    size = 384 if wav.device.type == 'cpu' else 16384
-    parts = fr.split(max(1, size//n))
-    cuts = -(-n // size)
-    with torch.autocast(wav.device.type, enabled=False):
-        out = torch.cat([torch.cat([self._bands(q.reshape(-1, self.n_fft)).unflatten(0, q.shape[:2])
-                                    for q in p.split(-(-n//cuts), 1)], 1) for p in parts])
-    return out.mT.reshape(*wav.shape[:-1], self.n_mels, n)
+    return self._map(wav, lambda p: p)
 
 # %% ../../nbs/20a_features.mel.ipynb #e672e07d
 @patch(as_prop=True)
@@ -82,14 +92,21 @@ def eps(self:LogMel):
     if self.floor_db is None: return torch.finfo(torch.float64).eps
     return self.hi.exp() * 10 ** (self.floor_db / 10)
 
-# %% ../../nbs/20a_features.mel.ipynb #155c83e5
+# %% ../../nbs/20a_features.mel.ipynb #a9fd8536
+@patch
+def _scale(self:LogMel, p):
+    "Normalised logarithm of the power `p`; overwrites `p` when no gradient has to pass."
+    a = 2 / (self.hi - self.lo)
+    if p.requires_grad: return (p + self.eps).log() * a - (self.lo*a + 1)
+    return p.add_(self.eps).log_().mul_(a).sub_(self.lo*a + 1)
+
+# %% ../../nbs/20a_features.mel.ipynb #f7a19967
 @patch
 def encode(self:LogMel,
            wav:torch.Tensor,  # Clips `(b, t)` or one clip `(t,)`
           )->torch.Tensor:    # Normalised log-mel `(b, m, n)` or `(m, n)`
     "Log-mel of `wav` with `lo` at -1 and `hi` at +1."
-    x = (self.mel_power(wav) + self.eps).log()
-    return 2 * (x - self.lo) / (self.hi - self.lo) - 1
+    return self._map(wav, self._scale)
 
 # %% ../../nbs/20a_features.mel.ipynb #cb4aa0f2
 @patch
