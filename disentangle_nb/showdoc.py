@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['call_text', 'table_cell', 'parameter_table', 'TableRenderer']
 
-# %% ../nbs/92_showdoc.ipynb #b11b143e
+# %% ../nbs/92_showdoc.ipynb #54c61dd2
 import inspect
-from textwrap import fill
+from textwrap import fill, shorten
 
 from fastcore.docments import ShowDocRenderer, docments
 
@@ -23,7 +23,7 @@ def call_text(name:str,              # How the thing is called, e.g. `LogMel.enc
     lines = fill(text.replace(' ', '\1').replace('\0', ' '), width - len(name), break_long_words=False, break_on_hyphens=False)
     return name + lines.replace('\1', ' ').replace('\n', '\n' + ' ' * (len(name) + 1))
 
-# %% ../nbs/92_showdoc.ipynb #f8310692
+# %% ../nbs/92_showdoc.ipynb #eadaa806
 def table_cell(x:object, # A type, a default or a sentence
               )->str:    # Text that cannot break a Markdown table
     "One cell of the table."
@@ -39,14 +39,18 @@ def parameter_table(sym:object, # A function or class with documented parameters
     rows = ['| | Type | Default | |', '|---|---|---|---|']
     for name, d in docs.items():
         if name == 'return' and not d['docment']: continue
-        default = '' if d['default'] is inspect.Parameter.empty else repr(d['default'])
+        default = '' if d['default'] is inspect.Parameter.empty else f'`{shorten(repr(d["default"]), 40)}`'
         first = '*returns*' if name == 'return' else f'`{name}`'
         rows.append(' | '.join(['| ' + first, table_cell(d['anno']), table_cell(default), table_cell(d['docment']) + ' |']))
     return '\n'.join(rows)
 
-# %% ../nbs/92_showdoc.ipynb #71a761f7
+# %% ../nbs/92_showdoc.ipynb #798aedc2
 class TableRenderer(ShowDocRenderer):
     "What `show_doc` displays: heading, source link, call, docstring and parameter table."
+    def __init__(self, sym, name=None, title_level=3):
+        super().__init__(sym, name=name, title_level=title_level)
+        if isinstance(sym, property): self.sig = None # read, not called
+
     def _source(self):
         try: from nbdev.doclinks import NbdevLookup
         except ImportError as e: raise ImportError("reference pages need nbdev: pip install 'disentangle_nb[dev]'") from e
