@@ -6,10 +6,11 @@
 __all__ = ['label_mask', 'shifted_clips', 'shift_rows', 'NoteData', 'part', 'note_vocabs', 'class_numbers', 'encode_clips',
            'note_data', 'BatchLoader', 'note_dls', 'band_centres', 'shift_bands', 'Augment', 'note_augment']
 
-# %% ../../nbs/12a_data.batches.ipynb #cc6946bc
+# %% ../../nbs/12a_data.batches.ipynb #fbdc13bb
 import hashlib, inspect, math, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
+from fastcore.basics import patch
 import numpy as np, pandas as pd, torch
 from ..core import content_key, make_generator
 from .notes import TableError, cached_tensors, load_clips, release_features
@@ -111,7 +112,12 @@ def class_numbers(values,      # (n,) names or MIDI numbers
         raise TableError(f"{what} {some} is not in the vocabulary of {len(vocab)}: {', '.join(map(str, vocab[:6]))}…; leave these notes out, or train on them")
     return torch.tensor([where[v] for v in values])
 
-# %% ../../nbs/12a_data.batches.ipynb #4e743b65
+# %% ../../nbs/12a_data.batches.ipynb #2e3a83f8
+def _feature_key(feature):
+    "What the values of a feature depend on: class, arguments, source; None if they cannot be known."
+    try: return [type(feature).__name__, feature.args, Path(inspect.getsourcefile(type(feature)))]
+    except (AttributeError, TypeError, OSError): return None
+
 def encode_clips(feature,             # A feature: `encode(wav) -> x`
                  wav:torch.Tensor,    # (n, t) clips
                  frames:int=43,       # First frames to keep; all when None
@@ -121,10 +127,8 @@ def encode_clips(feature,             # A feature: `encode(wav) -> x`
     "The feature of many clips, computed once."
     def build():
         with torch.no_grad(): return dict(x=torch.cat([feature.encode(w)[..., :frames] for w in wav.split(chunk)])), ''
-    code = inspect.getsourcefile(type(feature))
-    args = {k: v for k, v in getattr(feature, 'args', {}).items()}
-    known = code and Path(code).is_file() and args  # without arguments and source there is no digest to trust
-    x = cached_tensors('features', content_key(wav, type(feature).__name__, args, Path(code), frames), build, cache)[0]['x'] if known else build()[0]['x']
+    key = cache and _feature_key(feature)
+    x = cached_tensors('features', content_key(wav, *key, frames), build)[0]['x'] if key else build()[0]['x']
     if frames and x.shape[-1] < frames:
         raise ValueError(f"clips of {wav.shape[-1]} samples give {x.shape[-1]} frames; expected {frames}. Use longer clips (dur) or fewer frames")
     return x
@@ -211,9 +215,7 @@ class BatchLoader:
     @property
     def dataset(self): return torch.utils.data.TensorDataset(*self.tensors)
 
-# %% ../../nbs/12a_data.batches.ipynb #7d76ca5a
-from fastcore.basics import patch
-
+# %% ../../nbs/12a_data.batches.ipynb #e32761b0
 @patch
 def _cuts(self:BatchLoader):
     "Where batches begin and end."
