@@ -22,6 +22,7 @@ html_theme = 'furo'
 html_title = cfg['title']
 html_static_path = ['_static']
 html_css_files = ['site.css']
+html_favicon = '_static/favicon.svg'
 html_copy_source = html_show_sourcelink = html_show_sphinx = html_use_index = False
 html_theme_options = dict(
     top_of_page_buttons=[], navigation_with_keys=True,

@@ -92,8 +92,9 @@ def marks(name, at):
 
 
 def reference(entries, at):
-    "Documented names that follow each other, in the order of the source."
-    return text_cell('\n\n'.join(marks(name, at) + text for name, _, text in sorted(entries, key=lambda e: e[1])))
+    "Documented names that follow each other, in the order of the source; site.css knows an entry by its source link."
+    named = lambda text: text if '{.source}' in text else text.replace('\n', '\n\n<a class="source"></a>\n', 1)
+    return text_cell('\n\n'.join(marks(name, at) + named(text) for name, _, text in sorted(entries, key=lambda e: e[1])))
 
 
 def text_cell(src): return dict(cell_type='markdown', id=f'{zlib.crc32(src.encode()):08x}', metadata={}, source=src)
