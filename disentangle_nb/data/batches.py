@@ -35,7 +35,7 @@ def label_mask(instrument,            # (n,) instrument of each note
         known[rng.choice(rows, min(n, len(rows)), replace=False) if reference else rng.permutation(rows)[:n]] = True
     return known
 
-# %% ../../nbs/12a_data.batches.ipynb #d953f9de
+# %% ../../nbs/12a_data.batches.ipynb #bc4569a8
 def shifted_clips(wav:torch.Tensor,   # Clips (n, t) or (t,)
                   semitones:float,    # Interval, positive is up
                   sr:int=22050,       # Rate, samples a second
@@ -46,6 +46,10 @@ def shifted_clips(wav:torch.Tensor,   # Clips (n, t) or (t,)
     flat = wav.reshape(-1, wav.shape[-1])
     out = [torch.from_numpy(soxr.resample(w, sr*2**(semitones/12), sr, 'HQ')) for w in flat.cpu().numpy()]
     return torch.stack(out).reshape(*wav.shape[:-1], -1).to(wav)
+
+def _fit(wav, n):
+    "Clips of `n` samples: cut, or filled up with silence."
+    return torch.nn.functional.pad(wav, (0, max(0, n - wav.shape[-1])))[..., :n]
 
 # %% ../../nbs/12a_data.batches.ipynb #06ca2140
 def shift_rows(table:pd.DataFrame,   # A table with `split`
@@ -63,7 +67,7 @@ def shift_rows(table:pd.DataFrame,   # A table with `split`
         out.append(copy.assign(shift=int(k), midi=copy.midi + int(k), name=copy.name + f'{k:+d}'))
     return pd.concat(out, ignore_index=True)
 
-# %% ../../nbs/12a_data.batches.ipynb #3f22dbb5
+# %% ../../nbs/12a_data.batches.ipynb #208012e1
 @dataclass
 class NoteData:
     "Notes as tensors, with their table and vocabularies."
@@ -79,7 +83,7 @@ class NoteData:
     def __len__(self): return len(self.x)
     @property
     def split(self): return self.table.split.to_numpy()
-    def mask(self, part): return torch.from_numpy(self.split == part)
+    def mask(self, part): return torch.tensor(self.split == part)
     def __repr__(self):
         n = {p: int((self.split == p).sum()) for p in sorted(set(self.split))}
         return f"NoteData({tuple(self.x.shape)}, {n}, {len(self.vocabs['timbre'])} instruments, {len(self.vocabs['pitch'])} pitches, {int(self.labelled.sum())} labelled)"
@@ -112,7 +116,7 @@ def class_numbers(values,      # (n,) names or MIDI numbers
         raise TableError(f"{what} {some} is not in the vocabulary of {len(vocab)}: {', '.join(map(str, vocab[:6]))}…; leave these notes out, or train on them")
     return torch.tensor([where[v] for v in values])
 
-# %% ../../nbs/12a_data.batches.ipynb #2e3a83f8
+# %% ../../nbs/12a_data.batches.ipynb #f201947b
 def _feature_key(feature):
     "What the values of a feature depend on: class, arguments, source; None if they cannot be known."
     try: return [type(feature).__name__, feature.args, Path(inspect.getsourcefile(type(feature)))]
@@ -122,41 +126,46 @@ def encode_clips(feature,             # A feature: `encode(wav) -> x`
                  wav:torch.Tensor,    # (n, t) clips
                  frames:int=43,       # First frames to keep; all when None
                  cache:bool=True,     # Keep the result on disk
+                 semitones:int=0,     # Move the clips by this interval first
+                 n:int=None,          # Samples of a moved clip; as many as given when None
                  chunk:int=256,       # Clips a call
                 )->torch.Tensor:      # (n, f, k)
     "The feature of many clips, computed once."
+    n = n or wav.shape[-1]
     def build():
-        with torch.no_grad(): return dict(x=torch.cat([feature.encode(w)[..., :frames] for w in wav.split(chunk)])), ''
+        with torch.no_grad():
+            return dict(x=torch.cat([feature.encode(_fit(shifted_clips(w, semitones, feature.sr), n))[..., :frames] for w in wav.split(chunk)])), ''
     key = cache and _feature_key(feature)
-    x = cached_tensors('features', content_key(wav, *key, frames), build)[0]['x'] if key else build()[0]['x']
+    x = cached_tensors('features', content_key(wav, *key, frames, semitones, n), build)[0]['x'] if key else build()[0]['x']
     if frames and x.shape[-1] < frames:
-        raise ValueError(f"clips of {wav.shape[-1]} samples give {x.shape[-1]} frames; expected {frames}. Use longer clips (dur) or fewer frames")
+        raise ValueError(f"clips of {n} samples give {x.shape[-1]} frames; expected {frames}. Use longer clips (dur) or fewer frames")
     return x
 
-# %% ../../nbs/12a_data.batches.ipynb #438debba
-def _note_clips(table, sr, dur, shifts, cache, rms_db, max_bad):
-    "Clips (n, t) and the table that fits them, shifted copies included."
-    reach = 2**(max([0, *shifts])/12)  # a copy moved up needs a longer original
-    wav, table = load_clips(table, sr, dur*reach, cache, rms_db, max_bad, return_table=True)
-    n, rows = int(round(sr*dur)), shift_rows(table, shifts)
-    out = torch.empty(len(rows), n)
+# %% ../../nbs/12a_data.batches.ipynb #aa8e320c
+def _copies(wav, rows, each):
+    "`each(clips, semitones)` for every interval, put back in the order of `rows`."
+    out = None
     for k, idx in rows.groupby('shift').indices.items():
-        moved = shifted_clips(wav[rows.origin.to_numpy()[idx]], k, sr)
-        out[idx] = torch.nn.functional.pad(moved, (0, max(0, n - moved.shape[1])))[:, :n]
-    return out, rows
+        got = each(wav[rows.origin.to_numpy()[idx]], int(k))
+        out = got.new_empty(len(rows), *got.shape[1:]) if out is None else out
+        out[idx] = got
+    return out
 
-def _note_features(table, feature, sr, dur, frames, shifts, cache, rms_db, max_bad, fit_range):
-    "Features, table and clips."
+def _note_features(table, feature, sr, dur, frames, shifts, cache, rms_db, max_bad, fit_range, keep_wav):
+    "Features, table and clips, shifted copies included."
     if (table.source == 'gmvae').all():
-        if len(shifts): raise ValueError("shifts need sound; the GMVAE release has features only")
+        if shifts: raise ValueError("shifts need sound; the GMVAE release has features only")
         return release_features(table)[..., :frames], table.reset_index(drop=True).assign(shift=0), None
     if feature is None: raise ValueError("these notes are sound; give a feature, e.g. LogMel()")
     if sr != feature.sr: raise ValueError(f"the feature works at {feature.sr} Hz and the clips were asked for at {sr} Hz; leave sr out")
-    wav, table = _note_clips(table, sr, dur, shifts, cache, rms_db, max_bad)
-    if fit_range: feature.fit_range(wav[torch.from_numpy((table.split == 'train').to_numpy())])
-    return encode_clips(feature, wav, frames, cache), table, wav
+    n, reach = int(round(sr*dur)), 2**(max([0, *shifts])/12)
+    wav, table = load_clips(table, sr, dur*reach, cache, rms_db, max_bad, return_table=True)
+    rows = shift_rows(table, shifts)
+    if fit_range: feature.fit_range(wav[np.flatnonzero(table.split == 'train'), :n])
+    x = _copies(wav, rows, lambda w, k: encode_clips(feature, w, frames, cache, k, n))
+    return x, rows, _copies(wav, rows, lambda w, k: _fit(shifted_clips(w, k, sr), n)) if keep_wav else None
 
-# %% ../../nbs/12a_data.batches.ipynb #aa98cc7f
+# %% ../../nbs/12a_data.batches.ipynb #e67d2983
 def note_data(table:pd.DataFrame,         # A table with `split` (all is training if there is none)
               feature=None,               # A feature, e.g. `LogMel()`; the GMVAE release needs none
               sr:int=None,                # Rate, samples a second; the feature's when None
@@ -175,14 +184,14 @@ def note_data(table:pd.DataFrame,         # A table with `split` (all is trainin
              )->NoteData:                 # Notes as tensors
     "Turn a table into tensors."
     if 'split' not in table: table = table.assign(split='train')
-    x, table, wav = _note_features(table, feature, sr or getattr(feature, 'sr', 22050), dur, frames, tuple(shifts), cache, rms_db, max_bad, fit_range)
+    x, table, wav = _note_features(table, feature, sr or getattr(feature, 'sr', 22050), dur, frames, tuple(shifts), cache, rms_db, max_bad, fit_range, keep_wav)
     vocabs = vocabs or note_vocabs(table)
     original = (table['shift'] == 0).to_numpy()
     known = label_mask(table.instrument[original], table.split[original] == 'train', label_portion, seed, reference_labels)
     known = known[table.origin] if 'origin' in table else known  # a copy is labelled if its original is
     return NoteData(x=x, timbre=class_numbers(table.instrument, vocabs['timbre'], 'instrument'),
                     pitch=class_numbers(table.midi, vocabs['pitch'], 'pitch'), labelled=torch.from_numpy(known),
-                    table=table, vocabs=vocabs, feature=feature, wav=wav if keep_wav else None)
+                    table=table, vocabs=vocabs, feature=feature, wav=wav)
 
 # %% ../../nbs/12a_data.batches.ipynb #a2e5dea8
 class BatchLoader:
@@ -286,7 +295,7 @@ def band_centres(feature,           # A log-mel feature: `n_mels`, `fmin`, `fmax
     m = torch.linspace(mel(feature.fmin), mel(feature.fmax), feature.n_mels + 2)[1:-1]
     return torch.where(m < 15, m*200/3, 1000*torch.exp((m - 15)*math.log(6.4)/27))
 
-# %% ../../nbs/12a_data.batches.ipynb #594cd9a3
+# %% ../../nbs/12a_data.batches.ipynb #efda0e3e
 def shift_bands(x:torch.Tensor,          # (b, f, k) log-mel
                 semitones:torch.Tensor,  # (b,) interval of each item, positive is up
                 centres:torch.Tensor,    # (f,) band centres, Hz
@@ -297,7 +306,8 @@ def shift_bands(x:torch.Tensor,          # (b, f, k) log-mel
     hi = torch.searchsorted(centres, source.contiguous()).clamp(1, f - 1)
     lo = hi - 1
     w = ((source - centres[lo])/(centres[hi] - centres[lo])).clamp(0, 1).to(x)  # ends are held
-    take = lambda i: x.gather(1, i[..., None].expand(-1, -1, x.shape[-1]))
+    row = f*torch.arange(len(x), device=x.device)[:, None]                      # whole rows are fetched: far quicker than a gather
+    take = lambda i: x.reshape(-1, x.shape[-1]).index_select(0, (row + i).flatten()).view_as(x)
     return torch.lerp(take(lo), take(hi), w[..., None])
 
 # %% ../../nbs/12a_data.batches.ipynb #8ef884a5
@@ -326,7 +336,7 @@ class Augment:
         if k is not None: x = shift_bands(x, k, self.centres)
         return self._noise(self._colour(x, generator), generator), timbre, pitch, *rest
 
-# %% ../../nbs/12a_data.batches.ipynb #54f02af6
+# %% ../../nbs/12a_data.batches.ipynb #68100ab7
 @patch
 def _draw(self:Augment, like, *shape, g):
     "Numbers in -1..1, (b, *shape), on the device of `like`."
@@ -364,25 +374,31 @@ def _noise(self:Augment, x, g):
     a, z = self.noise_db
     level = a + (z - a)*(self._draw(x, 1, 1, g=g) + 1)/2
     device_g = g if x.device.type == 'cpu' else make_generator(g.initial_seed(), 'noise', device=x.device)
-    xi = torch.empty_like(x).exponential_(generator=device_g)
+    xi = torch.rand(x.shape, generator=device_g, device=x.device).clamp_(min=1e-6).log_().neg_()  # exponential, the quick way
     unit = (self.hi - self.lo)/2
-    return torch.logaddexp(x*unit, (1 + self.db*level)*unit + xi.clamp(min=1e-6).log())/unit
+    return torch.logaddexp(x*unit, (1 + self.db*level)*unit + xi.log_())/unit
 
-# %% ../../nbs/12a_data.batches.ipynb #f63dddf4
-def note_augment(data:NoteData,           # Notes; their feature and vocabularies are used
+# %% ../../nbs/12a_data.batches.ipynb #09f0d0d0
+def _destinations(data, reach, into_held_out):
+    "(timbres, pitches, 2*reach+1) pitch class after a shift by -reach..reach, -1 where a note must not go."
+    midi, n = data.vocabs['pitch'], len(data.vocabs['timbre'])
+    where = {m: i for i, m in enumerate(midi)}
+    goes = torch.tensor([[where.get(m + k, -1) for k in range(-reach, reach + 1)] for m in midi]).expand(n, -1, -1).clone()
+    if into_held_out: return goes
+    held, valid = torch.zeros(n, len(midi), dtype=torch.bool), data.mask('valid')
+    held[data.timbre[valid], data.pitch[valid]] = True
+    goes[held[torch.arange(n)[:, None, None], goes.clamp(min=0)] & (goes >= 0)] = -1
+    return goes
+
+def note_augment(data:NoteData,           # Notes; their vocabularies and held-out cells are used
                  max_shift:int=0,         # Largest pitch shift, semitones
-                 into_held_out:bool=False,# Allow shifts onto held-out cells (leaks on a compositional split)
                  p_shift:float=.5,        # Share of notes that move, if `max_shift` is not 0
-                 **kw,                    # Strengths: gain_db, tilt_db, eq_db, noise_db, detune
+                 into_held_out:bool=False,# Allow shifts onto held-out cells (leaks on a compositional split)
+                 feature=None,            # Its range and bands are used; the one that made the data when None
+                 **kw,                    # Strengths, see `Augment`: gain_db, tilt_db, eq_db, noise_db, detune
                 )->Augment:               # For `note_dls(data, augment=...)`
     "An `Augment` that knows the feature's range, the vocabulary, and which cells are held out."
-    midi, nt = data.vocabs['pitch'], len(data.vocabs['timbre'])
-    where, K = {m: i for i, m in enumerate(midi)}, int(max_shift)
-    goes = torch.tensor([[where.get(m + k, -1) for k in range(-K, K + 1)] for m in midi]).expand(nt, -1, -1).clone()
-    if not into_held_out:
-        held = torch.zeros(nt, len(midi), dtype=torch.bool)
-        held[data.timbre[data.mask('valid')], data.pitch[data.mask('valid')]] = True
-        onto = held[torch.arange(nt)[:, None, None], goes.clamp(min=0)]
-        goes[onto & (goes >= 0)] = -1
-    f = data.feature
-    return Augment(f.lo, f.hi, band_centres(f), goes if K else None, p_shift=p_shift if K else 0., **kw)
+    f = feature or data.feature
+    if f is None: raise ValueError("these data came without their feature; give one, e.g. feature=LogMel(lo=..., hi=...) with the range of the release")
+    goes = _destinations(data, int(max_shift), into_held_out) if max_shift else None
+    return Augment(f.lo, f.hi, band_centres(f), goes, p_shift=p_shift if max_shift else 0., **kw)

@@ -180,7 +180,7 @@ def folder_table(path:str|Path,              # Folder of audio files
     return note_table(extra.assign(name=name, file=_existing(root, name, where), instrument=t[col['instrument']],
                                    midi=_midi_column(t[col['midi']], t.line, where)), 'folder')
 
-# %% ../../nbs/12_data.notes.ipynb #c2777032
+# %% ../../nbs/12_data.notes.ipynb #048889e9
 SOL_NAMES = {'Alto Saxophone': 'Alto-Saxophone', 'Bass Tuba': 'Bass-Tuba', 'Clarinet in Bb': 'Clarinet-Bb', 'Clarinet in B-flat': 'Clarinet-Bb',
              'French Horn': 'French-Horn', 'Trumpet in C': 'Trumpet'}
 
@@ -202,31 +202,30 @@ def tinysol_table(path:str|Path,     # The folder that TinySOL was unpacked in
     retuned = t['Needed digital retuning'].str.lower() == 'true' if 'Needed digital retuning' in t else False
     return note_table(dict(name=name, file=_existing(base, name, csv), midi=_midi_column(t[col['midi']], t.line, csv),
                            instrument=[SOL_NAMES.get(i, i.replace(' ', '-')) for i in t[col['instrument']]],
-                           dynamics=t[col['dynamics']], fold=t[col['fold']].astype(int), retuned=retuned), 'tinysol')
+                           dynamics=t[col['dynamics']], fold=pd.to_numeric(t[col['fold']], errors='coerce').fillna(-1).astype(int), retuned=retuned), 'tinysol')
 
-# %% ../../nbs/12_data.notes.ipynb #6ca1c3d3
+# %% ../../nbs/12_data.notes.ipynb #ca290ef1
 def _nsynth_part(folder, by, families, sources):
     "Rows of one part of NSynth."
-    notes, part = read_json(folder/'examples.json'), folder.name.removeprefix('nsynth-')
-    for key, e in notes.items():
-        if (families and e['instrument_family_str'] not in families) or (sources and e['instrument_source_str'] not in sources): continue
-        yield dict(name=f'{folder.name}/{key}', file=str((folder/'audio'/f"{_inside(key, folder/'examples.json')}.wav").absolute()),
-                   instrument=e[by], midi=midi_of(e['pitch']), dynamics=dynamics_of(e['velocity']), velocity=e['velocity'],
-                   family=e['instrument_family_str'], made=e['instrument_source_str'], part=part)
+    notes = {k: e for k, e in read_json(folder/'examples.json').items()
+             if (not families or e['instrument_family_str'] in families) and (not sources or e['instrument_source_str'] in sources)}
+    files = _existing(folder/'audio', [_inside(k, folder/'examples.json') + '.wav' for k in notes], folder/'examples.json')
+    return [dict(name=f'{folder.name}/{k}', file=f, instrument=e[by], midi=midi_of(e['pitch']), dynamics=dynamics_of(e['velocity']),
+                 velocity=e['velocity'], family=e['instrument_family_str'], made=e['instrument_source_str'],
+                 part=folder.name.removeprefix('nsynth-')) for (k, e), f in zip(notes.items(), files)]
 
 def nsynth_table(path:str|Path,                 # Folder of `nsynth-*` parts, or one part
                  by:str='instrument_str',       # The class: `instrument_str` (patch) or `instrument_family_str`
                  families:tuple=None,           # Only these families, e.g. ('brass', 'flute')
-                 sources:tuple=('acoustic',),   # Only these of acoustic, electronic, synthetic
+                 sources:tuple=('acoustic',),   # Only these of acoustic, electronic, synthetic; all when None
                 )->pd.DataFrame:                # A table with `family`, `made` and `part`
     "Notes of NSynth, one instrument a patch or a family."
     root = _folder(path)
     parts = [d for d in (root, *sorted(root.iterdir())) if (d/'examples.json').is_file()]
     if not parts: raise TableError(f"{root} has no examples.json; give the folder that nsynth-train.jsonwav.tar.gz was unpacked in")
-    try: t = note_table([r for d in parts for r in _nsynth_part(d, by, families, sources)], 'nsynth')
-    except (KeyError, AttributeError, TypeError) as e: raise TableError(f"{parts[0]/'examples.json'} is not NSynth's: missing {e}") from None
-    _existing(Path('/'), [f.lstrip('/') for f in t.file], root)
-    return t
+    try: rows = [r for d in parts for r in _nsynth_part(d, by, families, sources)]
+    except (KeyError, AttributeError, TypeError) as e: raise TableError(f"{parts[0]/'examples.json'} is not as NSynth's is: {e!r}") from None
+    return note_table(rows, 'nsynth')
 
 # %% ../../nbs/12_data.notes.ipynb #daf5a449
 def _turns(by, rng):
@@ -242,7 +241,7 @@ def _members(codes):
     "Row numbers of each group, by group code."
     return np.split(np.argsort(codes, kind='stable'), np.cumsum(np.bincount(codes))[:-1])
 
-# %% ../../nbs/12_data.notes.ipynb #d18e32b7
+# %% ../../nbs/12_data.notes.ipynb #65b822c1
 def hold_out(table:pd.DataFrame,                # A table
              group,                             # (n,) label of each row; rows of a group stay together
              held:float=.1,                     # Share of the groups to hold out
@@ -261,6 +260,7 @@ def hold_out(table:pd.DataFrame,                # A table
         if all((left[c][u] > n).all() for c, (u, n) in uses.items()):
             for c, (u, n) in uses.items(): left[c][u] -= n
             out[rows[i]], n_held = True, n_held + 1
+    if 0 < 2*n_held < round(held*len(rows)): warnings.warn(f"only {n_held} of {len(rows)} groups could be held out, because {' and '.join(keep)} must remain in training")
     if not n_held: raise TableError(f"none of {len(rows)} groups can be held out with each {' and '.join(keep)} still in training; use split_pitches")
     return out
 
