@@ -46,7 +46,8 @@ def faults_of_requests(browser, address):
 
 # The page's own width: a phone's innerWidth grows with what overflows. The theme's columns scroll too, and must not.
 TOO_WIDE = '''width => Math.max(document.documentElement.scrollWidth - width,
-    ...[...document.querySelectorAll(".main, .content, article")].map(e => e.scrollWidth - e.clientWidth))'''
+    ...[...document.querySelectorAll(".page, .main, .content, .article-container, article")]
+        .filter(e => getComputedStyle(e).overflowX != "visible").map(e => e.scrollWidth - e.clientWidth))'''
 WIDEST = '''width => [...document.querySelectorAll("article *")].filter(e => e.getBoundingClientRect().right > width + 1)
     .slice(0, 1).map(e => e.tagName + "." + e.className).join()'''
 
