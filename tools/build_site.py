@@ -63,7 +63,7 @@ def below_title(path):
 def markdown(src, names):
     "Quarto's Markdown in MyST's words; links between notebooks become links between pages."
     src = re.sub(r'^::: *\{\.callout-(\w+)[^}]*\}', lambda m: ':::{' + m[1] + '}', src, flags=re.M)
-    src = re.sub(r'\]\(([\w.-]+\.ipynb)(#[\w.-]+)?\)', lambda m: f'](' + names.get(m[1], m[1]) + (m[2] or '') + ')', src)
+    src = re.sub(r'\]\(([\w.-]+\.ipynb)(#[\w.-]+)?\)', lambda m: '](' + names.get(m[1], m[1]) + (m[2] or '') + ')', src)
     return re.sub(r'\]\(\.\./([\w./-]+)\)', lambda m: f']({repository}{m[1]})', src)
 
 
