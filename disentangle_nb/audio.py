@@ -50,14 +50,16 @@ def _missing(path, size:int)->int:
             f.seek(n + n%2, 1)
     return 0
 
-# %% ../nbs/01_audio.ipynb #cb98ea89
+# %% ../nbs/01_audio.ipynb #fc0019b3
 @contextlib.contextmanager
 def _door(path):
     "Open audio for reading, once everything that can be checked beforehand is."
     import soundfile as sf
+    class Steady(sf.SoundFile):
+        def seekable(self): return False
     size = _regular(path)
     try:
-        with sf.SoundFile(os.fspath(path)) as f:
+        with Steady(os.fsencode(path) if os.name == 'posix' else os.fspath(path)) as f:
             missing = _missing(path, size)
             if missing: raise AudioError(f'cut short: at least {missing} bytes that its header promises are missing. Fetch it again', path)
             if not f.frames: raise AudioError('holds no samples', path)
@@ -69,9 +71,12 @@ def _door(path):
         raise AudioError(f'not readable as audio ({detail}); it starts with {start!r}', path) from None
     except MemoryError: raise AudioError('does not fit in memory; read it in parts with offset= and duration=', path) from None
 
-def _blocks(f, n:int, path, size:int=2**19):
-    "Yield `n` samples of `f` as float32 blocks `(t, c)`, all finite."
-    at, left = f.tell(), n
+def _blocks(f, start:int, n:int, path, size:int=2**19):
+    "Yield samples `start` to `start + n` of `f` as float32 blocks `(t, c)`, all finite."
+    skip = start if f.format == 'MP3' else 0
+    f.seek(start - skip)
+    while skip and len(x := f.read(min(size, skip), dtype='float32')): skip -= len(x)
+    at, left = start, n
     while left:
         x = f.read(min(size, left), dtype='float32', always_2d=True)
         if not len(x): raise AudioError(f'cut short: {at/f.samplerate:.3f} s decoded of {f.frames/f.samplerate:.3f} s promised. Fetch it again', path)
@@ -99,7 +104,7 @@ def _to_length(x, n:int, first:float):
     "Array `(t,)` cut, or held at its last value (`first` when it is empty), to `n` samples."
     return x[:n] if len(x) >= n else np.pad(x, (0, n - len(x)), mode='constant', constant_values=x[-1] if len(x) else first)
 
-# %% ../nbs/01_audio.ipynb #f0ab6f81
+# %% ../nbs/01_audio.ipynb #8283c7c4
 def load_audio(path,            # File: WAV, FLAC, OGG, MP3, AIFF, whatever libsndfile reads
                sr:int=None,     # Rate wanted in Hz; `None` keeps the file's
                mono:bool=True,  # Mix channels by their mean, or return `(c, t)`?
@@ -109,8 +114,7 @@ def load_audio(path,            # File: WAV, FLAC, OGG, MP3, AIFF, whatever libs
     "Read a sound, or raise an `AudioError` that says why not."
     with _door(path) as f:
         start, n = _part(f, offset, duration, path)
-        f.seek(start)
-        x = np.concatenate([b.mean(1, keepdims=True) if mono else b for b in _blocks(f, n, path)])  # (t, c)
+        x = np.concatenate([b.mean(1, keepdims=True) if mono else b for b in _blocks(f, start, n, path)])  # (t, c)
         rate = f.samplerate
     wav = torch.from_numpy(np.ascontiguousarray(x.T))
     wav = wav[0] if mono else wav
@@ -285,12 +289,12 @@ def audio_files(src,     # Folder, text file with one path a line (`#` comments)
     except UnicodeDecodeError: raise AudioError('is neither audio, a folder, nor a list of files in UTF-8', src) from None
     return list(dict.fromkeys(src.parent/Path(w).expanduser() for l in lines if (w := l.strip()) and not w.startswith('#')))
 
-# %% ../nbs/01_audio.ipynb #9c19c742
+# %% ../nbs/01_audio.ipynb #f884599c
 def _fault(path:Path, min_peak:float)->str|None:
     "Why a file is of no use, or `None`."
     if path.suffix.lower() in _unread: return f'{path.suffix} cannot be read here; convert it to FLAC or WAV'
     try:
-        with _door(path) as f: peak = max(float(np.abs(b).max()) for b in _blocks(f, f.frames, path))
+        with _door(path) as f: peak = max(float(np.abs(b).max()) for b in _blocks(f, 0, f.frames, path))
         return None if peak >= min_peak else f'silent: peak {peak:.1g} is below {min_peak:g}'
     except AudioError as e: return e.reason
 
