@@ -68,7 +68,7 @@ def hsic(z:torch.Tensor,     # Codes, (b, d)
                                           (label[:, None] == label).to(z.dtype))]
     return (k * same).sum() / (k.norm() * same.norm()).clamp(min=1e-6)
 
-# %% ../../nbs/40_losses.elbo.ipynb #f016edbe
+# %% ../../nbs/40_losses.elbo.ipynb #c33ffb81
 class GMVAELoss(nn.Module):
     "Weighted sum of the bound's parts; the parts of the last call are in `parts`."
     def __init__(self,
@@ -84,7 +84,7 @@ class GMVAELoss(nn.Module):
                  adversary:float=0.,       # Scale of the reversed gradient of `heads`
                  hsic:float=0.,            # Weight of the dependence between codes and the other labels
                  timbre_capacity:float=0., # Nats that A may hold without cost or reward
-                 heads:nn.Module=None,     # Adversaries: called as `heads(out, scale, timbre)`
+                 heads:nn.Module=None,     # Adversaries: `heads(out, timbre, pitch, scale)` gives each note's cross-entropy
                  faithful:bool=False,      # In evaluation, cross-entropy over all notes once any label was seen
                 ):
         super().__init__()
@@ -140,7 +140,7 @@ def accuracies(out:dict,            # What the model returned
     elif 'pitch_mu' in out: t['pitch_acc'] = torch.cdist(out['pitch_mu'].detach(), out['pitch_means'].detach()).argmin(-1) == pitch
     return {k: v.float().mean() for k, v in t.items()}
 
-# %% ../../nbs/40_losses.elbo.ipynb #fcbebf10
+# %% ../../nbs/40_losses.elbo.ipynb #d2b3ba49
 @patch
 def extra_terms(self:GMVAELoss, out, timbre, pitch, labelled):
     "Terms beyond the paper whose weight is not zero and whose views are there."
@@ -152,9 +152,9 @@ def extra_terms(self:GMVAELoss, out, timbre, pitch, labelled):
     if w['hsic'] and 'pitch_mu' in out:
         t['hsic'] = hsic(out['timbre_mu'], pitch) + hsic(out['pitch_mu'][labelled], timbre[labelled]) if labelled.any() else hsic(out['timbre_mu'], pitch)
     if w['adversary'] and self.heads is not None:
-        read = self.heads(out, w['adversary'], timbre)
-        t['timbre_adversary'] = F.cross_entropy(read['timbre'], pitch)
-        if 'pitch' in read: t['pitch_adversary'] = masked_mean(F.cross_entropy(read['pitch'], timbre, reduction='none'), labelled)
+        read = self.heads(out, timbre, pitch, w['adversary'])
+        t['timbre_adversary'] = read['timbre'].mean()
+        if 'pitch' in read: t['pitch_adversary'] = masked_mean(read['pitch'], labelled)
     return t
 
 @patch

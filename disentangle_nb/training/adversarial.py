@@ -5,47 +5,59 @@
 # %% auto #0
 __all__ = ['grad_reverse', 'Adversary', 'Adversaries']
 
-# %% ../../nbs/51_training.adversarial.ipynb #98b51d18
+# %% ../../nbs/51_training.adversarial.ipynb #d548fb46
+import math
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-# %% ../../nbs/51_training.adversarial.ipynb #494c5dd8
+# %% ../../nbs/51_training.adversarial.ipynb #296f74f6
 class _Reverse(torch.autograd.Function):
     "Identity forward, minus `scale` backward."
     @staticmethod
     def forward(ctx, x, scale):
         ctx.scale = scale
         return x.view_as(x)
+
     @staticmethod
     def backward(ctx, grad): return -ctx.scale * grad, None
 
-def grad_reverse(x:torch.Tensor,   # Any tensor
-                 scale:float=1.,   # Factor of the reversed gradient
-                )->torch.Tensor:   # `x` itself
+def grad_reverse(x:torch.Tensor, # Any tensor
+                 scale:float=1., # Strength of the reversed gradient
+                )->torch.Tensor: # `x` itself
     "Pass `x` through; turn its gradient around, times `scale`."
     return _Reverse.apply(x, scale)
 
-# %% ../../nbs/51_training.adversarial.ipynb #da1f12be
+# %% ../../nbs/51_training.adversarial.ipynb #48379f67
 class Adversary(nn.Module):
-    "Small classifier on a code, scale-free by a batch norm, behind a reversed gradient."
+    "Small classifier behind a reversed gradient; returns the cross-entropy of each note."
     def __init__(self,
-                 latent:int,      # Dimensions of the code
-                 n_classes:int,   # Classes to be read from it
-                 hidden:int=128,  # Width of its two hidden layers
-                 n_given:int=0,   # Classes of a label it is told besides (0: none)
+                 latent:int,        # Dimensions of the code
+                 n_classes:int,     # Classes to be read from it
+                 hidden:int=128,    # Width of its two hidden layers
+                 n_given:int=0,     # Classes of a label it is told besides (0: none)
+                 bounded:bool=True, # No reversed gradient from notes on which it does worse than guessing
                 ):
         super().__init__()
-        self.n_given, self.norm = n_given, nn.BatchNorm1d(latent, affine=False)
-        self.net = nn.Sequential(nn.Linear(latent + n_given, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(),
-                                 nn.Linear(hidden, n_classes))
+        self.n_given, self.bounded, self.chance = n_given, bounded, math.log(n_classes)
+        self.norm = nn.BatchNorm1d(latent, affine=False)
+        self.net = nn.Sequential(nn.Linear(latent + n_given, hidden), nn.ReLU(),
+                                 nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, n_classes))
 
-    def forward(self, z, scale=1., given=None):
-        z = self.norm(grad_reverse(z, scale))
-        if self.n_given: z = torch.cat([z, F.one_hot(given, self.n_given).to(z.dtype)], -1)
-        return self.net(z)
+    def forward(self,
+                z:torch.Tensor,          # Codes, (b, d)
+                target:torch.Tensor,     # Classes to read, (b,)
+                scale:float=1.,          # Strength of the reversed gradient
+                given:torch.Tensor=None, # Label that the head is told, (b,)
+               )->torch.Tensor:          # Cross-entropy of each note, (b,)
+        h = self.norm(grad_reverse(z, scale))
+        if self.bounded and h.requires_grad: h.register_hook(lambda g: g * gate)
+        told = [F.one_hot(given, self.n_given).to(h.dtype)] if self.n_given else []
+        ce = F.cross_entropy(self.net(torch.cat([h, *told], -1)), target, reduction='none')
+        gate = (ce.detach() < self.chance)[:, None]
+        return ce
 
-# %% ../../nbs/51_training.adversarial.ipynb #c80b59f6
+# %% ../../nbs/51_training.adversarial.ipynb #739dc994
 class Adversaries(nn.Module):
     "One head for each code of a GMVAE, on the posterior means: timbre -> pitch, pitch -> instrument."
     def __init__(self,
@@ -54,17 +66,26 @@ class Adversaries(nn.Module):
                  n_pitch:int=82,         # Pitches
                  hidden:int=128,         # Width of the heads
                  conditional:bool=False, # Tell the timbre head the instrument, so that only what goes beyond it counts
+                 bounded:bool=True,      # Leave the encoder alone where a head does worse than guessing
                 ):
         super().__init__()
-        self.timbre = Adversary(latent, n_pitch, hidden, n_timbre if conditional else 0)
-        self.pitch = Adversary(latent, n_timbre, hidden)
+        self.timbre = Adversary(latent, n_pitch, hidden, n_timbre if conditional else 0, bounded)
+        self.pitch = Adversary(latent, n_timbre, hidden, 0, bounded)
 
     @classmethod
-    def of(cls, model, **kw):
-        "Heads that fit a GMVAE."
+    def of(cls,
+           model:nn.Module, # GMVAE whose codes are to be searched
+           **kw             # `hidden`, `conditional`, `bounded`
+          ):
+        "Heads that fit a model."
         return cls(*[model.args[k] for k in ('latent', 'n_timbre', 'n_pitch')], **kw)
 
-    def forward(self, out, scale=1., timbre=None):
-        read = dict(timbre=self.timbre(out['timbre_mu'], scale, timbre))
-        if 'pitch_mu' in out: read['pitch'] = self.pitch(out['pitch_mu'], scale)
+    def forward(self,
+                out:dict,            # What the model returned
+                timbre:torch.Tensor, # Instrument indices, (b,)
+                pitch:torch.Tensor,  # Pitch indices, (b,)
+                scale:float=1.,      # Strength of the reversed gradient
+               )->dict:              # Cross-entropy of each note, 'timbre' and 'pitch'
+        read = dict(timbre=self.timbre(out['timbre_mu'], pitch, scale, timbre))
+        if 'pitch_mu' in out: read['pitch'] = self.pitch(out['pitch_mu'], timbre, scale)
         return read

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Parts', 'PartMetric', 'Views', 'Schedule', 'TrainingDiverged', 'NaNGuard', 'KeepBest', 'bf16_support', 'Bf16', 'adam',
-           'param_groups', 'gmvae_learner', 'columns']
+           'param_groups', 'gmvae_learner', 'watched', 'columns']
 
-# %% ../../nbs/50_training.learner.ipynb #41252288
-import math, tempfile, warnings
+# %% ../../nbs/50_training.learner.ipynb #847933ee
+import math, os, sys, tempfile, warnings
 from functools import partial
 from pathlib import Path
 import torch
@@ -17,7 +17,9 @@ from fastai.callback.core import Callback, CancelFitException
 from fastai.learner import Learner, Metric
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import trainable_params
+from fastcore.basics import noop
 from fastcore.foundation import L
+from fastcore.imports import IN_NOTEBOOK
 from ..models.gmvae import GMVAE
 from ..losses.elbo import GMVAELoss
 
@@ -186,7 +188,7 @@ def adam(amsgrad:bool=True,            # Never let the second moment shrink, as 
     opt = torch.optim.AdamW if decoupled else torch.optim.Adam
     return partial(OptimWrapper, opt=opt, amsgrad=amsgrad, betas=betas, fused=True)
 
-# %% ../../nbs/50_training.learner.ipynb #3a9d330b
+# %% ../../nbs/50_training.learner.ipynb #614f4473
 def param_groups(
     model:nn.Module, # The saved system
     loss:nn.Module,  # The objective, which may hold heads of its own
@@ -206,6 +208,7 @@ def gmvae_learner(
     schedules:dict=None,        # weight name -> fastai schedule, e.g. `{'timbre_kl': SchedLin(0., 1.)}`
     bf16:bool=False,            # bfloat16 in training, where the device does it natively
     faithful:bool=False,        # The published code's evaluation: codes drawn, cross-entropy over all notes
+    bars:bool=None,             # Progress bars and table; None: only where somebody is looking (a notebook, a terminal)
     cbs=None,                   # More callbacks
     path=None,                  # Folder for fastai's own temporary files
 )->Learner:
@@ -217,11 +220,17 @@ def gmvae_learner(
     parts = Parts()
     own = [parts, Views(), NaNGuard()] + ([Schedule(**schedules)] if schedules else []) + ([Bf16()] if bf16 else [])
     if monitor: own.append(KeepBest(monitor, larger=monitor.endswith(('bound', 'acc')), patience=patience))
-    return Learner(dls, model, loss_func=loss, lr=lr, wd=wd, opt_func=opt_func or adam(), splitter=lambda m: param_groups(m, loss),
-                   metrics=[PartMetric(parts, n) for n in columns(model)], cbs=own + list(L(cbs)),
-                   path=Path(path or Path(tempfile.gettempdir())/'disentangle_nb'))
+    learn = Learner(dls, model, loss_func=loss, lr=lr, wd=wd, opt_func=opt_func or adam(), splitter=lambda m: param_groups(m, loss),
+                    metrics=[PartMetric(parts, n) for n in columns(model)], cbs=own + list(L(cbs)),
+                    path=Path(path or Path(tempfile.gettempdir())/'disentangle_nb'))
+    if not (watched() if bars is None else bars): learn.remove_cb(ProgressCallback).logger = noop
+    return learn
 
-# %% ../../nbs/50_training.learner.ipynb #1f1d3e1e
+# %% ../../nbs/50_training.learner.ipynb #212393c0
+def watched()->bool: # Whether anybody sees a progress bar
+    "In a notebook that isn't a test, or at a terminal."
+    return not os.environ.get('IN_TEST') and (IN_NOTEBOOK or sys.stdout.isatty())
+
 def columns(model:nn.Module, # GMVAE
            )->list:          # Names of the parts shown after each epoch
     "Parts of the published objective that this model has, in table order."
