@@ -174,11 +174,11 @@ def show_latent(z,               # Codes `(n, d)`, `d` at least 2
     if means is not None: _crosses(ax, project(means), kinds if names is None else names)
     return _finish(ax, *[f'direction {i+1} ({s:.0%} of variance)' for i, s in enumerate(share)], title)
 
-# %% ../nbs/02_plot.ipynb #217662ea
+# %% ../nbs/02_plot.ipynb #0567289d
 def _shade(i, k):
     "Colour of kind `i` of `k`, darker to lighter."
     import matplotlib
-    return matplotlib.colormaps['viridis'](.92 * i / max(1, k - 1))
+    return matplotlib.colormaps['viridis'](.85 * i / max(1, k - 1))
 
 def _crosses(ax, p, names):
     "Mark component means, and name them while there are few."
