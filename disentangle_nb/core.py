@@ -31,7 +31,7 @@ def make_generator(seed:int,     # The run's seed
     digest = hashlib.sha256(json.dumps([int(seed), *tags]).encode()).digest()
     return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], 'little') >> 1)
 
-# %% ../nbs/00_core.ipynb #d5b54733
+# %% ../nbs/00_core.ipynb #2ec96b3f
 def _present(kind:str)->bool:
     "Is there a device of this kind here?"
     return {'cpu': lambda: True, 'cuda': torch.cuda.is_available, 'mps': torch.backends.mps.is_available}[kind]()
@@ -44,9 +44,12 @@ def pick_device(name='auto', # `auto`, `cpu`, `cuda`, `cuda:1`, `mps`, or a `tor
     if kind not in ('cpu', 'cuda', 'mps') or not (number or '0').isdigit():
         raise ValueError(f"device {str(name)!r} is unknown; use auto, cpu, cuda, cuda:<number> or mps")
     here = [k for k in ('cpu', 'cuda', 'mps') if _present(k)]
-    if kind not in here: raise ValueError(f"device {str(name)!r} is not available here; found: {', '.join(here)}. Use 'auto' to take what is there")
+    if kind not in here:
+        raise ValueError(f"device {str(name)!r} is not available here; found: {', '.join(here)}. Use 'auto' to take "
+                         f"what is there")
     if kind == 'cuda' and int(number or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {str(name)!r} does not exist; this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+        raise ValueError(f"device {str(name)!r} does not exist; this machine has cuda:0 to "
+                         f"cuda:{torch.cuda.device_count() - 1}")
     return torch.device(str(name))
 
 # %% ../nbs/00_core.ipynb #abd5f067
@@ -65,20 +68,22 @@ def _remove(path:Path):
     if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
     else: path.unlink(missing_ok=True)
 
-# %% ../nbs/00_core.ipynb #92739150
+# %% ../nbs/00_core.ipynb #024793b7
 def _swap_in(new:Path, path:Path):
     "Give folder `new` the name `path`, whose old content goes only when the new one is in place."
     if not path.exists(): return os.replace(new, path)
-    if not path.is_dir(): raise FileExistsError(f"{path} is a file; a folder was to be written there. Remove it or choose another name")
+    if not path.is_dir():
+        raise FileExistsError(f"{path} is a file; a folder was to be written there. Remove it or choose another name")
     foreign = sorted({p.name for p in path.iterdir()} - {p.name for p in new.iterdir()})
-    if foreign: raise FileExistsError(f"{path} holds other files ({', '.join(foreign[:3])}); choose an empty or a new folder")
+    if foreign:
+        raise FileExistsError(f"{path} holds other files ({', '.join(foreign[:3])}); choose an empty or a new folder")
     old = path.with_name(f'.{path.name}-{secrets.token_hex(4)}.old')
     os.replace(path, old)
     try: os.replace(new, path)
     except BaseException: os.replace(old, path); raise
     shutil.rmtree(old, ignore_errors=True)
 
-# %% ../nbs/00_core.ipynb #91f86286
+# %% ../nbs/00_core.ipynb #ef4b2835
 def _told(e:BaseException, tmp:Path, path:Path)->BaseException:
     "Exception `e` in words that a user of `path` can act on."
     kept = 'the previous version is kept' if path.exists() else 'nothing was written'
@@ -86,7 +91,8 @@ def _told(e:BaseException, tmp:Path, path:Path)->BaseException:
     if number in (errno.ENOSPC, getattr(errno, 'EDQUOT', -1)) or 'No space left' in str(e):
         return OSError(errno.ENOSPC, f"disk full while writing {path}; {kept}. Free some space and run again")
     ours = isinstance(e, OSError) and isinstance(e.filename, (str, Path)) and Path(e.filename) in (tmp, *path.parents)
-    if ours: return OSError(number, f"cannot write {path}: {os.strerror(number)}; {kept}. Choose a place you may write to")
+    if ours:
+        return OSError(number, f"cannot write {path}: {os.strerror(number)}; {kept}. Choose a place you may write to")
     return e
 
 # %% ../nbs/00_core.ipynb #79eeae19
@@ -112,7 +118,7 @@ def atomic_path(path,           # File or folder to write
         if told is e: raise
         raise told from e
 
-# %% ../nbs/00_core.ipynb #ffb46596
+# %% ../nbs/00_core.ipynb #acaadeb4
 def _plain(o):
     "Object `o` as nested dicts, lists, strings and finite numbers."
     if dataclasses.is_dataclass(o) and not isinstance(o, type): o = dataclasses.asdict(o)
@@ -122,7 +128,8 @@ def _plain(o):
     if isinstance(o, float): return float(o) if math.isfinite(o) else None
     if o is None or isinstance(o, (bool, int, str)): return o
     if isinstance(o, (Path, torch.device)): return str(o)
-    raise TypeError(f"JSON holds dicts, lists, text and numbers; got {type(o).__name__}: {str(o)[:60]!r}. Convert it first")
+    raise TypeError(f"JSON holds dicts, lists, text and numbers; got {type(o).__name__}: {str(o)[:60]!r}. Convert it "
+                    f"first")
 
 def write_json(path, # File to write, whole or not at all
                obj,  # Dicts, lists, numbers, text, arrays, tensors, paths, dataclasses
@@ -137,10 +144,13 @@ def read_json(path, # File to read
     "Read JSON; an error names the file and the place."
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
     except FileNotFoundError: raise FileNotFoundError(errno.ENOENT, f"no such file: {path}") from None
-    except UnicodeDecodeError as e: raise ValueError(f"{path} is not text (byte {e.start}); expected JSON in UTF-8") from None
-    except json.JSONDecodeError as e: raise ValueError(f"{path} is not JSON: {e.msg} in line {e.lineno}, column {e.colno}. Was it cut short?") from None
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not text (byte {e.start}); expected JSON in UTF-8") from None
+    except json.JSONDecodeError as e:
+        place = f'line {e.lineno}, column {e.colno}'
+        raise ValueError(f"{path} is not JSON: {e.msg} in {place}. Was it cut short?") from None
 
-# %% ../nbs/00_core.ipynb #ab58c6b2
+# %% ../nbs/00_core.ipynb #74a2f798
 def repo_root()->Path|None: # Folder of the repository, or `None` for an installed copy
     "The repository this package is used from."
     spec = importlib.util.find_spec('disentangle_nb')
@@ -150,11 +160,15 @@ def repo_root()->Path|None: # Folder of the repository, or `None` for an install
 def git_revision()->str|None: # Twelve letters of the commit, `+` when files differ from it; `None` outside git
     "The commit the code stands at."
     root = repo_root()
-    def git(*a): return subprocess.run(['git', '--no-optional-locks', *a], cwd=root, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    try: return git('rev-parse', '--short=12', 'HEAD') + ('+' if git('status', '--porcelain') else '') if root and (root/'.git').exists() else None
+    if not root or not (root/'.git').exists(): return None
+    def git(*a):
+        done = subprocess.run(['git', '--no-optional-locks', *a], cwd=root, capture_output=True, text=True, timeout=10,
+                              check=True)
+        return done.stdout.strip()
+    try: return git('rev-parse', '--short=12', 'HEAD') + ('+' if git('status', '--porcelain') else '')
     except (OSError, subprocess.SubprocessError): return None
 
-# %% ../nbs/00_core.ipynb #9f8d687f
+# %% ../nbs/00_core.ipynb #22b19e68
 _libraries = 'numpy scipy pandas scikit-learn torch fastai librosa soundfile soxr safetensors pooch pretty_midi'.split()
 
 def provenance(device=None, # Device the run uses, if any
@@ -162,10 +176,12 @@ def provenance(device=None, # Device the run uses, if any
     "Versions, device, threads, revision and date."
     found = {}
     for name in ['disentangle_nb', *_libraries]:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError): found[name] = importlib.metadata.version(name)
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
     device = torch.device(device or 'cpu')
     model = torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.machine()
-    return dict(date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'), revision=git_revision(),
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return dict(date=now.isoformat(timespec='seconds'), revision=git_revision(),
                 python=platform.python_version(), system=platform.system(), device=str(device), device_name=model,
                 threads=torch.get_num_threads(), versions=found)
 
@@ -216,7 +232,7 @@ def _read_text(text:str, t, name:str):
             with contextlib.suppress(CardError): return _fit(v, o, name)
     raise CardError(f"{name} should be {getattr(t, '__name__', t)}; cannot read {text!r} as that")
 
-# %% ../nbs/00_core.ipynb #62c63f57
+# %% ../nbs/00_core.ipynb #40fe7f58
 @dataclass(frozen=True)
 class RunCard:
     "Settings of a run: frozen, typed, and JSON in both directions. Subclass it as a frozen dataclass."
@@ -248,9 +264,11 @@ class RunCard:
     def from_dict(cls, d:dict, # Setting -> value; what is absent takes its default
                  ):            # A card
         "A card from plain data; unknown names and wrong types are refused by name."
-        if not isinstance(d, dict): raise CardError(f"{cls.__name__} is read from a dict of settings; got {type(d).__name__}")
+        if not isinstance(d, dict):
+            raise CardError(f"{cls.__name__} is read from a dict of settings; got {type(d).__name__}")
         for name in d: cls.check_name(name)
-        missing = [f.name for f in dataclasses.fields(cls) if f.name not in d and f.default is f.default_factory is dataclasses.MISSING]
+        needed = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+        missing = [name for name in needed if name not in d]
         if missing: raise CardError(f"{cls.__name__} needs a value for {', '.join(missing)}")
         return cls(**{k: _fit(v, cls.types()[k], k) for k, v in d.items()})
 
@@ -259,7 +277,7 @@ class RunCard:
         for name in kw: self.check_name(name)
         return dataclasses.replace(self, **{k: _fit(v, self.types()[k], k) for k, v in kw.items()})
 
-# %% ../nbs/00_core.ipynb #b4ca268b
+# %% ../nbs/00_core.ipynb #49944228
 def _one(card:RunCard, name:str, text:str, full:str):
     "Card with setting `name` (dots reach inside) read from `text`."
     head, _, rest = name.partition('.')
@@ -296,12 +314,13 @@ def load(cls:RunCard, path, # File written by `save`, or a plain dict of setting
     "Read a card back; an error names the file."
     d = read_json(path)
     if isinstance(d, dict) and 'settings' in d and 'settings' not in cls.types():
-        if d.get('card', cls.__name__) != cls.__name__: raise CardError(f"{path} holds a {d['card']}; expected a {cls.__name__}")
+        if d.get('card', cls.__name__) != cls.__name__:
+            raise CardError(f"{path} holds a {d['card']}; expected a {cls.__name__}")
         d = d['settings']
     try: return cls.from_dict(d)
     except CardError as e: raise CardError(f"{path}: {e}") from None
 
-# %% ../nbs/00_core.ipynb #1cad07d4
+# %% ../nbs/00_core.ipynb #262b29e6
 def _feed(h, o):
     "Add object `o` to hash `h`, with its kind, so that different things never look alike."
     if dataclasses.is_dataclass(o) and not isinstance(o, type): o = dataclasses.asdict(o)
@@ -318,8 +337,12 @@ def _feed(h, o):
         h.update(f'list {len(o)};'.encode())
         for x in o: _feed(h, x)
     elif hasattr(o, 'to_csv'): _feed(h, o.to_csv())
-    elif o is None or isinstance(o, (bool, int, float, str)): h.update((text := json.dumps(o)).encode() + f' {len(text)};'.encode())
-    else: raise TypeError(f"no key for a {type(o).__name__}; give arrays, tensors, tables, paths, numbers, text, or lists and dicts of them")
+    elif o is None or isinstance(o, (bool, int, float, str)):
+        text = json.dumps(o)
+        h.update(f'{text} {len(text)};'.encode())
+    else:
+        raise TypeError(f"no key for a {type(o).__name__}; give arrays, tensors, tables, paths, numbers, text, or "
+                        f"lists and dicts of them")
 
 def _feed_path(h, path):
     "Add the content of a file, or of every file in a folder with its relative name."
@@ -336,7 +359,7 @@ def content_key(*objs, # Arrays, tensors, bytes, tables, `Path`s (by content), J
     _feed(h, list(objs))
     return h.hexdigest()[:16]
 
-# %% ../nbs/00_core.ipynb #9d5fbab2
+# %% ../nbs/00_core.ipynb #302e2faa
 def cache_dir(*parts, # Sub-folders
              )->Path: # An existing folder
     "The folder for things that can be made again: `$DISENTANGLE_CACHE`, else the user's cache."
@@ -344,7 +367,9 @@ def cache_dir(*parts, # Sub-folders
     base = Path(given) if given else Path(xdg or '~/.cache')/'disentangle_nb'
     path = base.expanduser().joinpath(*map(str, parts))
     try: path.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise OSError(e.errno, f"cannot make the cache folder {path}: {e.strerror}. Set DISENTANGLE_CACHE to a folder you may write to") from e
+    except OSError as e:
+        raise OSError(e.errno, f"cannot make the cache folder {path}: {e.strerror}. Set DISENTANGLE_CACHE to a folder "
+                      f"you may write to") from e
     return path
 
 def shared_audio()->Path|None: # Folder with `metadata.csv`, or `None`

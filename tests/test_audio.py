@@ -1,5 +1,5 @@
 "The one door for audio: every case of the page, and what a page cannot show (locks, pipes, damage at random)."
-import errno, os, time, warnings
+import errno, os, struct, time, warnings
 from pathlib import Path
 import numpy as np, pytest, torch
 from disentangle_nb import audio
@@ -50,7 +50,8 @@ def test_names_that_are_not_unicode(tmp_path, note):
 def test_hour_is_read_in_part(tmp_path):
     import tracemalloc
     path, sr = tmp_path/'hour.wav', 22050
-    path.write_bytes(audio.struct.pack('<4sI4s4sIHHIIHH4sI', b'RIFF', 36 + 7200*sr, b'WAVE', b'fmt ', 16, 1, 1, sr, 2*sr, 2, 16, b'data', 7200*sr))
+    path.write_bytes(struct.pack('<4sI4s4sIHHIIHH4sI', b'RIFF', 36 + 7200*sr, b'WAVE', b'fmt ', 16, 1, 1, sr, 2*sr, 2, 16,
+                                 b'data', 7200*sr))
     with path.open('r+b') as f:
         f.seek(44 + 3600*sr); f.write(np.full(sr, 8192, '<i2').tobytes()); f.truncate(44 + 7200*sr)
     tracemalloc.start()
@@ -69,7 +70,8 @@ def test_part_is_a_slice(tmp_path, suffix):
     assert part.shape == (2, 2205)
     torch.testing.assert_close(part, whole[:, 4410:6615], atol=2e-3 if suffix == 'mp3' else 1e-6, rtol=0)
     assert load_audio(path, offset=.4, duration=9)[0].shape == (11025 - 8820,)
-    for bad in (dict(offset=-1), dict(offset=float('nan')), dict(offset=.5), dict(duration=0), dict(duration=float('nan'))):
+    nan = float('nan')
+    for bad in (dict(offset=-1), dict(offset=nan), dict(offset=.5), dict(duration=0), dict(duration=nan)):
         with pytest.raises(AudioError): load_audio(path, **bad)
 
 
@@ -115,7 +117,8 @@ def test_write_is_whole_or_absent(note, monkeypatch):
     before = note[0].read_bytes()
     def full(*a): raise OSError(errno.ENOSPC, 'No space left on device')
     monkeypatch.setattr(os, 'fsync', full)
-    with pytest.raises(OSError, match='disk full while writing .*note.wav; the previous version is kept'): save_audio(note[0], torch.zeros(9), 22050)
+    with pytest.raises(OSError, match='disk full while writing .*note.wav; the previous version is kept'):
+        save_audio(note[0], torch.zeros(9), 22050)
     assert note[0].read_bytes() == before and len(list(note[0].parent.iterdir())) == 1
 
 
@@ -128,7 +131,8 @@ def test_save_rounds_to_nearest(tmp_path, subtype, bits):
 
 def test_save_never_clips(tmp_path):
     x = torch.linspace(-2, 1, 1000)
-    with pytest.warns(UserWarning, match='peak 2.000 is beyond full scale; turned down by 6.02 dB'): save_audio(tmp_path/'n.wav', x, 22050)
+    with pytest.warns(UserWarning, match='peak 2.000 is beyond full scale; turned down by 6.02 dB'):
+        save_audio(tmp_path/'n.wav', x, 22050)
     torch.testing.assert_close(load_audio(tmp_path/'n.wav')[0], x/2, atol=2e-5, rtol=0)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
@@ -137,10 +141,15 @@ def test_save_never_clips(tmp_path):
 
 
 @pytest.mark.parametrize('name,x,sr,subtype,why', [
-    ('a.xyz', torch.zeros(9), 22050, 'PCM_16', 'names no format'), ('a', torch.zeros(9), 22050, 'PCM_16', 'names no format'),
-    ('a.flac', torch.zeros(9), 22050, 'FLOAT', 'has no FLOAT'), ('a.wav', torch.zeros(0), 22050, 'PCM_16', 'no samples'),
-    ('a.wav', torch.zeros(1, 2, 3), 22050, 'PCM_16', 'got shape'), ('a.mp3', torch.zeros(9), 192000, 'PCM_16', 'cannot hold'),
-    ('a.wav', torch.full((9,), float('inf')), 22050, 'FLOAT', 'NaN or infinite'), ('a.wav', torch.zeros(9), 0, 'PCM_16', 'cannot hold')])
+    ('a.xyz', torch.zeros(9), 22050, 'PCM_16', 'names no format'),
+    ('a', torch.zeros(9), 22050, 'PCM_16', 'names no format'),
+    ('a.flac', torch.zeros(9), 22050, 'FLOAT', 'has no FLOAT'),
+    ('a.wav', torch.zeros(0), 22050, 'PCM_16', 'no samples'),
+    ('a.wav', torch.zeros(1, 2, 3), 22050, 'PCM_16', 'got shape'),
+    ('a.wav', torch.zeros(100, 2), 22050, 'PCM_16', 'transpose'),
+    ('a.mp3', torch.zeros(9), 192000, 'PCM_16', 'cannot hold'),
+    ('a.wav', torch.zeros(9), 0, 'PCM_16', 'cannot hold'),
+    ('a.wav', torch.full((9,), float('inf')), 22050, 'FLOAT', 'NaN or infinite')])
 def test_save_refuses(tmp_path, name, x, sr, subtype, why):
     with pytest.raises(AudioError, match=why): save_audio(tmp_path/name, x, sr, subtype)
     assert not list(tmp_path.iterdir())
@@ -185,7 +194,8 @@ def test_scan_stops_above_the_share(tmp_path, note):
     files[3].write_bytes(b'')
     assert len(scan_audio(tmp_path, max_bad=.1)[0]) == 9
     files[4].write_text('not sound')
-    with pytest.raises(AudioError, match='2 of 10 files are bad, more than the 10% allowed. First: 2.wav: empty file') as e: scan_audio(tmp_path, max_bad=.1)
+    with pytest.raises(AudioError, match='2 of 10 files are bad, more than the 10% allowed. First: 2.wav: empty file') as e:
+        scan_audio(tmp_path, max_bad=.1)
     assert len(e.value.bad) == 2
     for missing in (tmp_path/'nowhere', tmp_path/'nowhere.txt'):
         with pytest.raises(AudioError, match='no such file'): scan_audio(missing)

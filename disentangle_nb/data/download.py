@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote, urlparse
 from ..core import atomic_path, cache_dir, progress as show_progress, read_json, write_json
 
-# %% ../../nbs/15_data.download.ipynb #33a96087
+# %% ../../nbs/15_data.download.ipynb #dca3d9b7
 @dataclass(frozen=True)
 class DataSet:
     "Where a data set lives, and on which terms."
@@ -25,39 +25,55 @@ class DataSet:
     note:str=''             # What else to know
 
 def _zenodo(record:int)->str: return f'https://zenodo.org/records/{record}/files/'
-_academic, _by = 'for academic use', 'CC BY 4.0'
 
 DATASETS = {
-    'gmvae': DataSet('Mel spectrograms of the pitch/timbre GMVAE paper (spec, spec-norm)', _zenodo(3833974), {'data.zip': None},
-                     'see the record', note='the archive name is a guess; give `files=` if the record says otherwise'),
-    'tinysol': DataSet('2,913 single notes of 14 instruments', _zenodo(3685367),
-                       {'TinySOL.tar.gz': 'md5:36030a7fe389da86c3419e5ee48e3b7f', 'TinySOL_metadata.csv': 'md5:a86c9bb115f69e61f2f25872e397fc4a'}, _by),
-    'medley-solos-db': DataSet('Three-second clips of 8 instruments, from multitracks', _zenodo(3464194),
-                       {'Medley-solos-DB.tar.gz': 'md5:f5facf398793ef5c1f80c013afdf3e5f', 'Medley-solos-DB_metadata.csv': 'md5:fda6a589c56785f2195c9227809c521a'}, _by),
-    'nsynth': DataSet('Notes of about a thousand sampled instruments', 'http://download.magenta.tensorflow.org/datasets/nsynth/',
-                      {f'nsynth-{part}.jsonwav.tar.gz': None for part in ('train', 'valid', 'test')}, _by),
-    'musdb18': DataSet('150 songs with stems, compressed', _zenodo(1117372), {'musdb18.zip': None}, _academic,
-                       request='open https://zenodo.org/records/1117372, ask for access, and download musdb18.zip there'),
-    'musdb18-hq': DataSet('150 songs with stems, uncompressed', _zenodo(3338373),
-                          {'musdb18hq.zip': 'sha256:baac80d0483c61d74b2e5f3be75fa557eec52898339e6aa45c1fa48833c5d21d'}, _academic),
-    'maestro': DataSet('Piano performances, audio with aligned MIDI, version 2.0.0', 'https://storage.googleapis.com/magentadata/datasets/maestro/v2.0.0/',
-                       {'maestro-v2.0.0.json': 'md5:576172af1cdc4efddcf0be7d260d48f7', 'maestro-v2.0.0-midi.zip': 'md5:8a45cc678a8b23cd7bad048b1e9034c5',
-                        'maestro-v2.0.0.zip': 'md5:7a6c23536ebcf3f50b1f00ac253886a7'}, 'CC BY-NC-SA 4.0', size='about 100 GB, 60 MB without the audio',
-                       note="files=['maestro-v2.0.0-midi.zip'] leaves the audio out"),
-    'vocadito': DataSet('40 short excerpts of solo singing with notes', _zenodo(5578807), {'vocadito.zip': 'md5:dea40fd18f14d899643c4ba221b33a46'}, _by),
-    'jku-pdd': DataSet('Five pieces with their repeated patterns', 'https://tomcollinsresearch.net/research/data/mirex/', {'JKUPDD-Aug2013.zip': None}, 'see the archive'),
-    'maps': DataSet('Piano notes, chords and pieces', '', {}, 'CC BY-NC-SA (not verified)',
-                    request='ask its authors for the archives MAPS_<instrument>_<n>.zip, and unpack them')}
+    'gmvae': DataSet(
+        'Mel spectrograms of the pitch/timbre GMVAE paper (spec, spec-norm)', _zenodo(3833974), {'data.zip': None},
+        'see the record', note='the archive name is a guess; give files= if the record says otherwise'),
+    'tinysol': DataSet(
+        'Single notes of 14 instruments, all dynamics', _zenodo(3685367),
+        {'TinySOL.tar.gz': 'md5:36030a7fe389da86c3419e5ee48e3b7f',
+         'TinySOL_metadata.csv': 'md5:a86c9bb115f69e61f2f25872e397fc4a'}, 'CC BY 4.0'),
+    'medley-solos-db': DataSet(
+        'Short clips of 8 instruments, from multitracks', _zenodo(3464194),
+        {'Medley-solos-DB.tar.gz': 'md5:f5facf398793ef5c1f80c013afdf3e5f',
+         'Medley-solos-DB_metadata.csv': 'md5:fda6a589c56785f2195c9227809c521a'}, 'CC BY 4.0'),
+    'nsynth': DataSet(
+        'Single notes of many sampled instruments', 'http://download.magenta.tensorflow.org/datasets/nsynth/',
+        {f'nsynth-{part}.jsonwav.tar.gz': None for part in ('train', 'valid', 'test')}, 'CC BY 4.0'),
+    'musdb18': DataSet(
+        'Songs with stems, compressed', _zenodo(1117372), {'musdb18.zip': None}, 'academic use',
+        request='open https://zenodo.org/records/1117372, ask for access, and download musdb18.zip there'),
+    'musdb18-hq': DataSet(
+        'Songs with stems, uncompressed', _zenodo(3338373),
+        {'musdb18hq.zip': 'sha256:baac80d0483c61d74b2e5f3be75fa557eec52898339e6aa45c1fa48833c5d21d'}, 'academic use'),
+    'maestro': DataSet(
+        'Piano performances with aligned MIDI, 2.0.0',
+        'https://storage.googleapis.com/magentadata/datasets/maestro/v2.0.0/',
+        {'maestro-v2.0.0.json': 'md5:576172af1cdc4efddcf0be7d260d48f7',
+         'maestro-v2.0.0-midi.zip': 'md5:8a45cc678a8b23cd7bad048b1e9034c5',
+         'maestro-v2.0.0.zip': 'md5:7a6c23536ebcf3f50b1f00ac253886a7'}, 'CC BY-NC-SA 4.0',
+        size='about 100 GB; 60 MB without audio', note="files=['maestro-v2.0.0-midi.zip'] leaves the audio out"),
+    'vocadito': DataSet(
+        'Short excerpts of solo singing with notes', _zenodo(5578807),
+        {'vocadito.zip': 'md5:dea40fd18f14d899643c4ba221b33a46'}, 'CC BY 4.0'),
+    'jku-pdd': DataSet(
+        'Pieces with their repeated patterns', 'https://tomcollinsresearch.net/research/data/mirex/',
+        {'JKUPDD-Aug2013.zip': None}, 'see the archive'),
+    'maps': DataSet(
+        'Piano notes, chords and pieces', '', {}, 'CC BY-NC-SA (not verified)',
+        request='ask its authors for the archives MAPS_<instrument>_<n>.zip, and unpack them')}
 
-# %% ../../nbs/15_data.download.ipynb #3f2634bc
+# %% ../../nbs/15_data.download.ipynb #444b99b1
 def datasets_table():
     "The registry as a DataFrame."
     import pandas as pd
-    rows = [(k, d.about, ', '.join(d.files) or '-', ', '.join((h or 'none').split(':')[0] for h in d.files.values()) or '-', d.licence,
-             d.size, 'on request' if d.request else 'open') for k, d in DATASETS.items()]
+    def kinds(d): return ', '.join(dict.fromkeys((h or 'none').split(':')[0] for h in d.files.values())) or '-'
+    rows = [(k, d.about, ', '.join(d.files) or '-', kinds(d), d.licence, d.size, 'on request' if d.request else 'open')
+            for k, d in DATASETS.items()]
     return pd.DataFrame(rows, columns=['name', 'about', 'files', 'checksum', 'licence', 'size', 'access'])
 
-# %% ../../nbs/15_data.download.ipynb #cbbb526e
+# %% ../../nbs/15_data.download.ipynb #8ec4b8c3
 class Resume:
     "A downloader for `pooch` that continues where it stopped."
     def __init__(self,
@@ -66,7 +82,8 @@ class Resume:
                  timeout:float=30., # Seconds without a byte that count as a lost line
                  keep:bool=True,    # Continue a part left by an earlier run?
                  progress:bool=True): # Show a bar?
-        self.tries, self.wait, self.timeout, self.keep, self.progress, self.resumed = tries, wait, timeout, keep, progress, False
+        self.tries, self.wait, self.timeout, self.keep, self.progress = tries, wait, timeout, keep, progress
+        self.resumed = False
 
     def __call__(self, url, output_file, pooch, check_only=False):
         import requests
@@ -87,18 +104,21 @@ class Resume:
         ask = {'Accept-Encoding': 'identity'} | ({'Range': f'bytes={have}-'} if have else {})
         with requests.get(url, headers=ask, stream=True, timeout=self.timeout) as r:
             if r.status_code == 416: part.unlink()
-            if r.status_code in (416, 429) or r.status_code >= 500: raise requests.ConnectionError(f'{r.status_code} {r.reason}')
+            if r.status_code in (416, 429) or r.status_code >= 500:
+                raise requests.ConnectionError(f'{r.status_code} {r.reason}')
             r.raise_for_status()
             goes_on = r.status_code == 206 and r.headers.get('Content-Range', '').startswith(f'bytes {have}-')
             self.resumed |= goes_on
             length = r.headers.get('Content-Length')
             with part.open('ab' if goes_on else 'wb') as f:
                 blocks = r.iter_content(2**16)
-                if self.progress: blocks = show_progress(blocks, -(-int(length or 0)//2**16) or None, f'{part.stem}, 64 kB blocks')
+                if self.progress:
+                    blocks = show_progress(blocks, -(-int(length or 0)//2**16) or None, f'{part.stem}, 64 kB blocks')
                 for b in blocks: f.write(b)
-        if length and part.stat().st_size != (have if goes_on else 0) + int(length): raise requests.ConnectionError('the connection ended early')
+        if length and part.stat().st_size != (have if goes_on else 0) + int(length):
+            raise requests.ConnectionError('the connection ended early')
 
-# %% ../../nbs/15_data.download.ipynb #0fd29c44
+# %% ../../nbs/15_data.download.ipynb #267bd274
 class DownloadError(OSError):
     "Something could not be fetched; the message says what to do."
 
@@ -111,15 +131,19 @@ def _one_file(pup, file:str, known, progress:bool, wait:float)->Path:
         loader = Resume(keep=known is not None and again, progress=progress, wait=wait)
         try: return Path(pup.fetch(file, downloader=loader))
         except requests.HTTPError as e:
-            raise DownloadError(f"{url}: the server says {e.response.status_code} {e.response.reason}. Name a mirror with base_url=, {place}") from None
+            raise DownloadError(f"{url}: the server says {e.response.status_code} {e.response.reason}. Name a mirror "
+                                f"with base_url=, {place}") from None
         except requests.RequestException as e:
-            raise DownloadError(f"{url} cannot be reached ({type(e).__name__}). Run again to go on where it stopped, {place}") from None
+            raise DownloadError(f"{url} cannot be reached ({type(e).__name__}). Run again to go on where it stopped, "
+                                f"{place}") from None
         except ValueError:
             if not (loader.resumed and again):
-                raise DownloadError(f"{url}: what arrived is not the expected file (its checksum differs from {known}); nothing was kept. Name another mirror with base_url=, {place}") from None
+                raise DownloadError(f"{url}: what arrived is not the expected file (its checksum differs from "
+                                    f"{known}); nothing was kept. Name a mirror with base_url=, {place}") from None
         except OSError as e:
             if e.errno != errno.ENOSPC: raise
-            raise DownloadError(f"disk full while fetching {file} into {folder}; what arrived is kept, run again to go on") from None
+            raise DownloadError(f"disk full while fetching {file} into {folder}; what arrived is kept, run again to "
+                                f"go on") from None
 
 def _sha256(path:Path)->str:
     "SHA-256 of a file, as `sha256:<hex>`."
@@ -128,9 +152,9 @@ def _sha256(path:Path)->str:
         while b := f.read(2**20): h.update(b)
     return f'sha256:{h.hexdigest()}'
 
-# %% ../../nbs/15_data.download.ipynb #8b91faa8
+# %% ../../nbs/15_data.download.ipynb #1041a9b2
 def fetch(name:str,           # A name in `DATASETS`
-          base_url:str=None,  # Mirror; files are looked for at `<base_url>/<name>/<file>`. Default: `$DISENTANGLE_BASE_URL`, else the set's own address
+          base_url:str=None,  # Mirror with `<name>/<file>` below it; default `$DISENTANGLE_BASE_URL`, then the set's
           cache=None,         # Folder for data sets; default `cache_dir('datasets')`
           progress:bool=True, # Show a bar?
           files=None,         # Only these files of the set; default all
@@ -138,16 +162,18 @@ def fetch(name:str,           # A name in `DATASETS`
          )->Path:             # Folder with the files, archives unpacked
     "Get a data set, verified; what is already there is not fetched again."
     import pooch
+    pooch.get_logger().setLevel('WARNING')
     entry = _entry(name)
     base = base_url or os.environ.get('DISENTANGLE_BASE_URL')
+    base = f"{base.rstrip('/')}/{name}/" if base else ''
     folder = Path(cache or cache_dir('datasets')).expanduser()/name
     folder.mkdir(parents=True, exist_ok=True)
     seen = folder/'SOURCE.json'
     sums = read_json(seen)['checksums'] if seen.exists() else {}
     wanted = {f: entry.files.get(f) or sums.get(f) for f in files or entry.files}
     _ask_first(name, entry, folder, wanted, base)
-    pup = pooch.create(path=folder, base_url=f"{base.rstrip('/')}/{name}/" if base else entry.url, registry=dict(wanted),
-                       urls={f: (f"{base.rstrip('/')}/{name}/" if base else entry.url) + quote(f) for f in wanted})
+    pup = pooch.create(path=folder, base_url=base or entry.url, registry=dict(wanted),
+                       urls={f: (base or entry.url) + quote(f) for f in wanted})
     for file, known in wanted.items():
         to = folder/_stem(file)
         if to != folder/file and to.is_dir(): continue
@@ -165,7 +191,8 @@ def _entry(name:str)->DataSet:
     "The registry's entry."
     if name in DATASETS: return DATASETS[name]
     near = difflib.get_close_matches(name.lower(), DATASETS, 1)
-    raise DownloadError(f"no data set {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(DATASETS)}"))
+    raise DownloadError(f"no data set {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are: "
+                                                     f"{', '.join(DATASETS)}"))
 
 def _ask_first(name, entry, folder, wanted, base):
     "Say how to get a set that is given on request, unless it is here already."
@@ -174,7 +201,7 @@ def _ask_first(name, entry, folder, wanted, base):
         raise DownloadError(f"{name} is given on request only: {entry.request}; then put it into {folder}"
                             + (' and call this again' if wanted else ''))
 
-# %% ../../nbs/15_data.download.ipynb #fe2851b9
+# %% ../../nbs/15_data.download.ipynb #d7546c5c
 class ArchiveError(ValueError):
     "An archive that is damaged, or that asks for something it should not."
 
@@ -188,15 +215,17 @@ def _safe_name(name:str)->str:
 def _link_target(name:str, target:str, hard:bool)->str:
     "Where a link leads, below the folder."
     to = posixpath.normpath(posixpath.join('' if hard else posixpath.dirname(name), target.replace('\\', '/')))
-    if to.startswith(('/', '..')) or re.match('[A-Za-z]:', target): raise ArchiveError(f"link {name!r} points outside the folder, to {target!r}")
+    if to.startswith(('/', '..')) or re.match('[A-Za-z]:', target):
+        raise ArchiveError(f"link {name!r} points outside the folder, to {target!r}")
     return to
 
-# %% ../../nbs/15_data.download.ipynb #2a697f4d
+# %% ../../nbs/15_data.download.ipynb #1d2c4bbc
 def _zip_members(z):
     "Yield `(name, kind, link target, open)` of a ZIP's members."
     for i in z.infolist():
         mode = i.external_attr >> 16
-        kind = 'folder' if i.is_dir() else 'link' if stat.S_ISLNK(mode) else 'file' if stat.S_IFMT(mode) in (0, stat.S_IFREG) else 'device'
+        plain = stat.S_IFMT(mode) in (0, stat.S_IFREG)
+        kind = 'folder' if i.is_dir() else 'link' if stat.S_ISLNK(mode) else 'file' if plain else 'device'
         if kind == 'link' and i.file_size > 4096: raise ArchiveError(f"link {i.filename!r} has no sensible target")
         target = _link_target(i.filename, z.read(i).decode('utf-8', 'replace'), False) if kind == 'link' else None
         yield i.filename, kind, target, lambda: z.open(i)
@@ -212,10 +241,11 @@ def _tar_members(t):
     for _ in range(2**14):
         if not t.fileobj.read(2**16): break
 
-# %% ../../nbs/15_data.download.ipynb #590fa773
+# %% ../../nbs/15_data.download.ipynb #22432657
 class _Budget:
     "Counts what is written, and stops when it is too much."
-    def __init__(self, n_bytes:int, n_files:int): self.bytes, self.files, self.limit = n_bytes, n_files, (n_bytes, n_files)
+    def __init__(self, n_bytes:int, n_files:int):
+        self.bytes, self.files, self.limit = n_bytes, n_files, (n_bytes, n_files)
 
     def copy(self, src, path:Path):
         "Copy stream `src` to a new file `path`."
@@ -225,7 +255,9 @@ class _Budget:
         with path.open('xb') as f:
             while b := src.read(2**20):
                 self.bytes -= len(b)
-                if self.bytes < 0: raise ArchiveError(f"unpacks to more than {self.limit[0]/1e9:.2f} GB; raise max_bytes= if that is right")
+                if self.bytes < 0:
+                    raise ArchiveError(f"unpacks to more than {self.limit[0]/1e9:.2f} GB; raise max_bytes= if that is "
+                                       f"right")
                 f.write(b)
 
 def _pour(members, to:Path, budget:_Budget):
@@ -235,17 +267,21 @@ def _pour(members, to:Path, budget:_Budget):
         name = _safe_name(name)
         if name.startswith('__MACOSX') or posixpath.basename(name).startswith('._'): continue
         if kind == 'device': raise ArchiveError(f"member {name!r} is neither a file nor a folder")
-        if kind == 'link': links.append((name, target))
-        elif kind == 'folder': (to/name).mkdir(parents=True, exist_ok=True)
-        else:
-            with opened() as src: budget.copy(src, to/name)
+        try:
+            if kind == 'link': links.append((name, target))
+            elif kind == 'folder': (to/name).mkdir(parents=True, exist_ok=True)
+            else:
+                with opened() as src: budget.copy(src, to/name)
+        except (FileExistsError, NotADirectoryError, IsADirectoryError):
+            raise ArchiveError(f"member {name!r} is there twice, or is both a file and a folder") from None
     for name, target in links:
-        if not (to/target).is_file(): raise ArchiveError(f"link {name!r} leads to {target!r}, which is not a file of the archive")
+        if not (to/target).is_file():
+            raise ArchiveError(f"link {name!r} leads to {target!r}, which is not a file of the archive")
         with (to/target).open('rb') as src: budget.copy(src, to/name)
 
-# %% ../../nbs/15_data.download.ipynb #dfa43ccc
-_damage = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError, RuntimeError, NotImplementedError,
-           FileExistsError, NotADirectoryError, IsADirectoryError, UnicodeError)
+# %% ../../nbs/15_data.download.ipynb #a8dfe9de
+_damage = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError,
+           RuntimeError, NotImplementedError, FileExistsError, UnicodeError)
 
 def unpack(archive,            # ZIP or TAR (plain, gz, bz2, xz)
            to,                 # Folder to make; must not exist, or be empty
@@ -255,7 +291,8 @@ def unpack(archive,            # ZIP or TAR (plain, gz, bz2, xz)
           )->Path:             # The folder
     "Unpack an archive that nobody vouches for: all of it, or nothing."
     archive, to = Path(archive), Path(to)
-    if to.exists() and (not to.is_dir() or any(to.iterdir())): raise FileExistsError(f"{to} exists and is not an empty folder; remove it or choose another")
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise FileExistsError(f"{to} exists and is not an empty folder; remove it or choose another")
     budget = _Budget(max_bytes or max(10**9, 100*archive.stat().st_size), max_files)
     with atomic_path(to, dir=True) as tmp:
         try:
@@ -264,7 +301,9 @@ def unpack(archive,            # ZIP or TAR (plain, gz, bz2, xz)
             else:
                 with tarfile.open(archive) as t: _pour(_tar_members(t), tmp, budget)
         except ArchiveError as e: raise ArchiveError(f"{archive.name}: {e}; nothing was unpacked") from None
-        except _damage as e: raise ArchiveError(f"{archive.name} is damaged or no archive ({e}); nothing was unpacked. Fetch it again") from None
+        except _damage as e:
+            raise ArchiveError(f"{archive.name} is damaged or no archive ({e}); nothing was unpacked. "
+                               "Fetch it again") from None
         if lift: _lift(tmp)
     return to
 
