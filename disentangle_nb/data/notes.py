@@ -506,13 +506,13 @@ def _render_clips(table, sr, n):
         out[rows, :wav.shape[1]] = torch.as_tensor(wav)[:, :n].float()
     return out, ['']*len(table)
 
-# %% ../../nbs/12_data.notes.ipynb #b04feb24
+# %% ../../nbs/12_data.notes.ipynb #6b96b258
 def _clips_key(table, sr, n):
     "A digest of what the clips of `table` depend on."
     if table.source.iloc[0] != 'soundfont': return content_key(*[Path(f) for f in table.file if Path(f).is_file()], table.file.tolist(), sr, n)
-    from disentangle_nb.data import soundfont
+    from disentangle_nb.data import sampler, soundfont
     fonts = [Path(soundfont.find_soundfont(p or None)) for p in sorted(set(table.soundfont))]
-    return content_key(*fonts, Path(soundfont.__file__), table[['program', 'midi', 'velocity', 'soundfont']].astype(str).values.tolist(), sr, n)
+    return content_key(*fonts, Path(soundfont.__file__), Path(sampler.__file__), table[['program', 'midi', 'velocity', 'soundfont']].astype(str).values.tolist(), sr, n)
 
 def _clips(table, sr, dur, cache):
     "Clips of a table and the reasons why some are unusable."
