@@ -169,15 +169,17 @@ def conditional_leak(ztr,         # Codes, shape `(b, d)`
         rows.append(dict(given=g, **score, floor=guess_floor(target_tr[a])))
     return pd.DataFrame(rows, columns=['given', 'acc', 'lo', 'hi', 'n', 'floor'])
 
-# %% ../../nbs/61_evaluation.probes.ipynb #2dffc812
+# %% ../../nbs/61_evaluation.probes.ipynb #f2e90f39
 class Judge(nn.Module):
     "A small network that names one factor of a feature; it never sees a model's code."
     def __init__(self, n_mels:int=256, # Bands of the feature
                  n_classes:int=12,     # Classes it can name
                  channels:int=64,      # Width
-                 drop:float=.3):       # Share of the features dropped in training
+                 drop:float=.3,        # Share of the head's inputs dropped in training
+                 classes:list=None):   # Their names, in order
         super().__init__()
-        self.args = dict(n_mels=n_mels, n_classes=n_classes, channels=channels, drop=drop)
+        self.classes = None if classes is None else [getattr(c, 'item', lambda: c)() for c in classes]
+        self.args = dict(n_mels=n_mels, n_classes=n_classes, channels=channels, drop=drop, classes=self.classes)
         def block(i, o, k): return [nn.Conv1d(i, o, k, padding=k//2, bias=False), nn.BatchNorm1d(o), nn.ReLU()]
         self.norm = nn.BatchNorm1d(n_mels)
         self.body = nn.Sequential(*block(n_mels, channels, 3), nn.MaxPool1d(2), *block(channels, channels, 3), nn.MaxPool1d(2),
@@ -202,10 +204,11 @@ def _judge_posterior(self, x): return _batched(self, x).softmax(-1)
 def _judge_predict(self, x): return _batched(self, x).argmax(-1)
 Judge.posterior, Judge.predict = _judge_posterior, _judge_predict
 
-# %% ../../nbs/61_evaluation.probes.ipynb #51521010
+# %% ../../nbs/61_evaluation.probes.ipynb #e87be797
 def train_judge(x:torch.Tensor,      # Features of real notes, shape `(b, f, n)`
                 y:torch.Tensor,      # Class indices, shape `(b,)`
-                n_classes:int|None=None, # Classes in all; the largest label + 1 if not given
+                n_classes:int=None,  # Classes in all; as many as `classes`, or the largest label + 1, if not given
+                classes:list=None,   # Their names, in the order of the indices
                 epochs:int=20,       # Passes over the notes
                 bs:int=64,           # Notes a step
                 lr:float=3e-3,       # Peak step size of the one-cycle schedule
@@ -218,7 +221,7 @@ def train_judge(x:torch.Tensor,      # Features of real notes, shape `(b, f, n)`
     x, y = x.to(device), torch.as_tensor(y).to(device).long()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        judge = Judge(x.shape[1], n_classes or int(y.max()) + 1, channels).to(device).train()
+        judge = Judge(x.shape[1], n_classes or len(classes or ()) or int(y.max()) + 1, channels, classes=classes).to(device).train()
         opt = torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=.01)
         steps = max(1, len(x)//bs)*epochs
         sched = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps + 1)

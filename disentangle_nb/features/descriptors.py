@@ -10,11 +10,11 @@ __all__ = ['hz_to_midi', 'midi_to_hz', 'cents_between', 'difference', 'pick_peri
 import math
 import numpy as np, torch, torch.nn.functional as F
 
-# %% ../../nbs/24_features.descriptors.ipynb #47e881fa
+# %% ../../nbs/24_features.descriptors.ipynb #443c599b
 def hz_to_midi(f, # Frequency in Hz, a tensor, an array or a number
               ):  # Note number shaped like `f`; A4 = 440 Hz = 69
     "Note number of a frequency, fractions included."
-    return 69 + 12*(torch.log2(f/440) if torch.is_tensor(f) else np.log2(np.asarray(f)/440))
+    return 69 + 12*(torch.log2(f/440) if torch.is_tensor(f) else np.log2(np.true_divide(f, 440)))
 
 def midi_to_hz(m, # Note number, a tensor, an array or a number
               ):  # Frequency in Hz
@@ -42,7 +42,7 @@ def difference(frames:torch.Tensor,  # Windows of sound, shape `(b, t)`
     d = (e[:, :1] + e - 2*r)[:, 1:].clamp_min(0)
     return d*torch.arange(1, lags*up + 1, device=x.device)/d.cumsum(-1).clamp_min(1e-12)
 
-# %% ../../nbs/24_features.descriptors.ipynb #c50c8348
+# %% ../../nbs/24_features.descriptors.ipynb #ca86088e
 def pick_period(d:torch.Tensor,       # Normalised difference, shape `(…, l)`
                 shortest:int=0,       # First lag index allowed
                 slack:float=.03,      # How much worse than the best a shorter lag may be
@@ -52,7 +52,7 @@ def pick_period(d:torch.Tensor,       # Normalised difference, shape `(…, l)`
     trough = F.pad((d[..., 1:-1] <= d[..., :-2]) & (d[..., 1:-1] < d[..., 2:]), (1, 1))
     trough[..., :shortest] = False
     best = d.masked_fill(~trough, math.inf).amin(-1, keepdim=True)
-    return (trough & (d <= best*(1 + share) + slack)).int().argmax(-1)
+    return (trough & (d <= best + slack)).int().argmax(-1)
 
 # %% ../../nbs/24_features.descriptors.ipynb #888a5e38
 def parabola(d:torch.Tensor,   # Normalised difference, shape `(…, l)`
@@ -103,10 +103,10 @@ def _track(frames, lags, shortest, context, up):
     dead = e < 1e-9
     return parabola(d, near).masked_fill(dead, math.nan), d.gather(-1, near[..., None])[..., 0].masked_fill(dead, 1.)
 
-# %% ../../nbs/24_features.descriptors.ipynb #7ea11800
+# %% ../../nbs/24_features.descriptors.ipynb #4625b7eb
 def note_f0(wav:torch.Tensor,      # Clips of one note each, shape `(b, t)` or `(t,)`
             sr:int=22050,          # Their rate in Hz
-            unpitched:float=.6,    # Aperiodicity above which a note has no pitch
+            unpitched:float=.7,    # Aperiodicity above which a note has no pitch
             **kw,                  # Passed to `track_f0`
            )->torch.Tensor:        # Median f0 in Hz, shape `(b,)`; NaN where there is no pitch
     "One pitch a clip: all its frames decide on the octave, the periodic ones on the cents."
