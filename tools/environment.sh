@@ -10,15 +10,17 @@ has() { [ -x .venv/bin/python ] && [ "$(cat ".venv/ready-$1" 2>/dev/null)" = "$w
 if has dev,docs || has "$extras"; then exit 0; fi
 
 version='import sys; print("%d.%d.%d" % sys.version_info[:3])'
-fits='import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))'
+newest='(3, 12)'
+[ -z "${PYTHON:-}" ] || newest='(3, 99)' # named by the user: newer is at their own risk
+fits="import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= $newest)"
 found= python=
 for name in ${PYTHON:-python3.12 python3.11 python3.10 python3 python}; do
     v=$("$name" -c "$version" 2>/dev/null) || continue
-    found="$found $name is $v;"
-    if [ -n "${PYTHON:-}" ] || "$name" -c "$fits"; then python=$name; break; fi
+    found="$found $name $v"
+    if "$name" -c "$fits"; then python=$name; break; fi
 done
 if [ -z "$python" ]; then
-    echo "disentangle_nb needs Python 3.10, 3.11 or 3.12; found:${found:- none.} Install one, or name it: make PYTHON=/path/to/python3.11" >&2
+    echo "disentangle_nb needs Python 3.10, 3.11 or 3.12; found:${found:- none}. Install one, or name it: make PYTHON=/path/to/python3.11" >&2
     exit 1
 fi
 
