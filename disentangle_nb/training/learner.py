@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['Parts', 'PartMetric', 'Views', 'Schedule', 'TrainingDiverged', 'NaNGuard', 'KeepBest', 'bf16_support', 'Bf16', 'adam',
-           'param_groups', 'gmvae_learner', 'watched', 'columns']
+           'param_groups', 'LateStart', 'gmvae_learner', 'watched', 'columns']
 
-# %% ../../nbs/50_training.learner.ipynb #847933ee
+# %% ../../nbs/50_training.learner.ipynb #ea9cee7d
 import math, os, sys, tempfile, warnings
 from functools import partial
 from pathlib import Path
 import torch
 from torch import nn
 from fastai.callback.all import *
-from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.core import Callback, CancelEpochException, CancelFitException
 from fastai.learner import Learner, Metric
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import trainable_params
@@ -188,13 +188,20 @@ def adam(amsgrad:bool=True,            # Never let the second moment shrink, as 
     opt = torch.optim.AdamW if decoupled else torch.optim.Adam
     return partial(OptimWrapper, opt=opt, amsgrad=amsgrad, betas=betas, fused=True)
 
-# %% ../../nbs/50_training.learner.ipynb #614f4473
+# %% ../../nbs/50_training.learner.ipynb #331ce67e
 def param_groups(
     model:nn.Module, # The saved system
     loss:nn.Module,  # The objective, which may hold heads of its own
 )->list:             # Trainable parameters: the model's, then the objective's if it has any
     "What the optimiser moves; frozen tables are left out."
     return [g for g in (trainable_params(model), trainable_params(loss)) if g]
+
+class LateStart(Learner):
+    "Learner whose loop can begin at `start_epoch`, which a callback may set before a fit begins."
+    start_epoch = 0
+    def _do_fit(self):
+        first, self.start_epoch = self.start_epoch, 0
+        for self.epoch in range(first, self.n_epoch): self._with_events(self._do_epoch, 'epoch', CancelEpochException)
 
 def gmvae_learner(
     dls,                        # DataLoaders whose batches are (x, timbre, pitch, labelled), with `n_inp=1`
@@ -220,9 +227,9 @@ def gmvae_learner(
     parts = Parts()
     own = [parts, Views(), NaNGuard()] + ([Schedule(**schedules)] if schedules else []) + ([Bf16()] if bf16 else [])
     if monitor: own.append(KeepBest(monitor, larger=monitor.endswith(('bound', 'acc')), patience=patience))
-    learn = Learner(dls, model, loss_func=loss, lr=lr, wd=wd, opt_func=opt_func or adam(), splitter=lambda m: param_groups(m, loss),
-                    metrics=[PartMetric(parts, n) for n in columns(model)], cbs=own + list(L(cbs)),
-                    path=Path(path or Path(tempfile.gettempdir())/'disentangle_nb'))
+    learn = LateStart(dls, model, loss_func=loss, lr=lr, wd=wd, opt_func=opt_func or adam(), splitter=lambda m: param_groups(m, loss),
+                      metrics=[PartMetric(parts, n) for n in columns(model)], cbs=own + list(L(cbs)),
+                      path=Path(path or Path(tempfile.gettempdir())/'disentangle_nb'))
     if not (watched() if bars is None else bars): learn.remove_cb(ProgressCallback).logger = noop
     return learn
 
