@@ -68,13 +68,13 @@ def _remove(path:Path):
     if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
     else: path.unlink(missing_ok=True)
 
-# %% ../nbs/00_core.ipynb #024793b7
+# %% ../nbs/00_core.ipynb #54fad0b5
 def _swap_in(new:Path, path:Path):
     "Give folder `new` the name `path`, whose old content goes only when the new one is in place."
     if not path.exists(): return os.replace(new, path)
     if not path.is_dir():
         raise FileExistsError(f"{path} is a file; a folder was to be written there. Remove it or choose another name")
-    foreign = sorted({p.name for p in path.iterdir()} - {p.name for p in new.iterdir()})
+    foreign = sorted({p.name for p in path.iterdir()} - {p.name for p in new.iterdir()} - {'.DS_Store', 'Thumbs.db'})
     if foreign:
         raise FileExistsError(f"{path} holds other files ({', '.join(foreign[:3])}); choose an empty or a new folder")
     old = path.with_name(f'.{path.name}-{secrets.token_hex(4)}.old')

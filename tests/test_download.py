@@ -158,6 +158,36 @@ def test_archive_is_unpacked_once(server, demo, tmp_path):
     assert get(server, tmp_path) == folder and len(server.asked) == 1
 
 
+def packed(files, name):
+    data = io.BytesIO()
+    if name.endswith('.zip'):
+        with zipfile.ZipFile(data, 'w') as z:
+            for k, v in files.items(): z.writestr(k, v)
+    else:
+        with tarfile.open(fileobj=data, mode='w:gz') as t:
+            for k, v in files.items():
+                m = tarfile.TarInfo(k); m.size = len(v)
+                t.addfile(m, io.BytesIO(v))
+    return data.getvalue()
+
+
+@pytest.mark.parametrize('top', ['', 'TinySOL/', 'TinySOL2020/'])
+def test_fetched_tinysol_is_a_table(server, tmp_path, monkeypatch, top):
+    import torch
+    from disentangle_nb.audio import save_audio
+    from disentangle_nb.data.notes import read_table
+    note = save_audio(tmp_path/'n.wav', torch.sin(torch.arange(9000)*.1)/2, 44100).read_bytes()
+    names = [f'Brass/Bass_Tuba/ordinario/BTb-ord-{p}-ff.wav' for p in ('C2', 'D2')]
+    head = 'Path,Fold,Family,Instrument (abbr.),Instrument (in full),Technique (abbr.),Technique (in full),Pitch,Pitch ID,' \
+           'Dynamics,Dynamics ID,Instance ID,String ID (if applicable),Needed digital retuning\n'
+    rows = [f'{n},0,Brass,BTb,Bass Tuba,ord,ordinario,X,{36 + 2*i},ff,4,0,,False\n' for i, n in enumerate(names)]
+    server.files = {'/tinysol/TinySOL.tar.gz': packed({top + n: note for n in names}, 'x.tar.gz'),
+                    '/tinysol/TinySOL_metadata.csv': (head + ''.join(rows)).encode()}
+    monkeypatch.setitem(DATASETS, 'tinysol', DataSet('', '', {'TinySOL.tar.gz': None, 'TinySOL_metadata.csv': None}, ''))
+    table = read_table(fetch('tinysol', base_url=server.url, cache=tmp_path/'cache', progress=False))
+    assert table.instrument.tolist() == ['Bass-Tuba']*2 and table.midi.tolist() == [36, 38]
+
+
 def test_damaged_archive_is_told(server, demo, tmp_path):
     server.files['/demo/d.zip'] = b'no zip at all'
     demo(None, file='d.zip')
@@ -178,7 +208,7 @@ def test_sets_on_request(name, tmp_path, monkeypatch):
     with pytest.raises(DownloadError, match='given on request only.*put it into'): fetch(name, cache=tmp_path)
     if name == 'maps': return
     with zipfile.ZipFile(tmp_path/name/'musdb18.zip', 'w') as z: z.writestr('train/a.txt', 'stem')
-    assert (fetch(name, cache=tmp_path)/'musdb18'/'a.txt').read_text() == 'stem'
+    assert (fetch(name, cache=tmp_path)/'musdb18'/'train'/'a.txt').read_text() == 'stem'
 
 
 def test_unknown_names():

@@ -279,7 +279,7 @@ def _pour(members, to:Path, budget:_Budget):
             raise ArchiveError(f"link {name!r} leads to {target!r}, which is not a file of the archive")
         with (to/target).open('rb') as src: budget.copy(src, to/name)
 
-# %% ../../nbs/15_data.download.ipynb #a8dfe9de
+# %% ../../nbs/15_data.download.ipynb #4c2a0d0a
 _damage = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError,
            RuntimeError, NotImplementedError, FileExistsError, UnicodeError)
 
@@ -287,7 +287,7 @@ def unpack(archive,            # ZIP or TAR (plain, gz, bz2, xz)
            to,                 # Folder to make; must not exist, or be empty
            max_bytes:int=None, # Refuse to write more; default 100 times the archive's size, and 1 GB at least
            max_files:int=1_000_000, # Refuse to write more files
-           lift:bool=False,    # When all is in one folder, unpack that folder's content?
+           lift:bool=False,    # When all is in one folder named like `to`, unpack that folder's content?
           )->Path:             # The folder
     "Unpack an archive that nobody vouches for: all of it, or nothing."
     archive, to = Path(archive), Path(to)
@@ -304,12 +304,14 @@ def unpack(archive,            # ZIP or TAR (plain, gz, bz2, xz)
         except _damage as e:
             raise ArchiveError(f"{archive.name} is damaged or no archive ({e}); nothing was unpacked. "
                                "Fetch it again") from None
-        if lift: _lift(tmp)
+        if lift: _lift(tmp, to.name)
     return to
 
-def _lift(folder:Path):
-    "Replace a single sub-folder by its content."
+def _lift(folder:Path, name:str):
+    "Replace a single sub-folder, called as `name` or longer or shorter, by its content."
     inside = list(folder.iterdir())
     if len(inside) != 1 or not inside[0].is_dir(): return
+    a, b = inside[0].name.lower(), name.lower()
+    if not (a.startswith(b) or b.startswith(a)): return
     shell = inside[0].rename(folder.with_name(folder.name + '.shell'))
     folder.rmdir(); shell.rename(folder)
