@@ -75,7 +75,7 @@ def _values(x, unit):
     if unit in ('power', 'magnitude'): return to_db(x, 10 if unit == 'power' else 20), 'dB'
     return x, unit
 
-# %% ../nbs/02_plot.ipynb #92bb492e
+# %% ../nbs/02_plot.ipynb #eb30e6aa
 def show_spec(x,                # Spectrogram `(f, n)`
               sr:int=22050,     # Sample rate, Hz
               hop:int=256,      # Samples between frames
@@ -87,13 +87,14 @@ def show_spec(x,                # Spectrogram `(f, n)`
               vmax:float=None,  # Value of the lightest colour
              ):                 # The axes
     "Draw a spectrogram over a logarithmic frequency axis in Hz."
+    from matplotlib import colormaps
     z, label = _values(x, unit)
     freqs = np.linspace(0, sr/2, len(z)) if freqs is None else _np(freqs)
     if len(freqs) != len(z): raise ValueError(f"one frequency a row: got {len(freqs)} frequencies for {len(z)} rows")
     z, freqs = z[freqs > 0], freqs[freqs > 0]
     ax = ax or panels()
     t = (np.arange(z.shape[1] + 1) - .5) * hop / sr
-    im = ax.pcolormesh(t, _edges(freqs), z, cmap='magma', vmin=vmin, vmax=vmax, rasterized=True)
+    im = ax.pcolormesh(t, _edges(freqs), z, cmap=colormaps['magma'].resampled(32), vmin=vmin, vmax=vmax, rasterized=True)
     ax.set_yscale('log')
     ax.set_ylim(max(_edges(freqs)[0], 40), None)
     _hertz(ax)
@@ -108,7 +109,7 @@ def _hertz(ax):
     ax.set_yticks(ticks, [f'{f}' for f in ticks])
     ax.set_yticks([], minor=True)
 
-# %% ../nbs/02_plot.ipynb #a68ca5e2
+# %% ../nbs/02_plot.ipynb #f6e1f442
 def show_matrix(m,               # Matrix `(rows, cols)`
                 rows,            # Names of the rows
                 cols,            # Names of the columns
@@ -123,7 +124,7 @@ def show_matrix(m,               # Matrix `(rows, cols)`
     m = _np(m).astype(float)
     if m.shape != (len(rows), len(cols)):
         raise ValueError(f"matrix {m.shape} does not fit {len(rows)} row names and {len(cols)} column names")
-    ax = ax or panels(width=min(9., 1.8 + .42*len(cols)), height=min(7., 1.1 + .3*len(rows)))
+    ax = ax or panels(width=min(9., 1.8 + (.58 if len(cols) <= 15 else .3)*len(cols)), height=min(7., 1.1 + .3*len(rows)))
     top = np.nanmax(np.abs(m), initial=1e-12)
     signed = np.nanmin(m, initial=0) < 0
     im = ax.imshow(m, cmap=cmap or (signed_map() if signed else 'magma'), vmin=-top if signed else 0, vmax=top, aspect='auto')

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['LogMel']
 
-# %% ../../nbs/20a_features.mel.ipynb #ec5b3dee
+# %% ../../nbs/20a_features.mel.ipynb #df383518
 import math
 import torch, torch.nn as nn
+from fastcore.basics import patch
 from .invert import frames, griffin_lim, nnls_mel
 
 # %% ../../nbs/20a_features.mel.ipynb #2085a980
@@ -37,8 +38,19 @@ class LogMel(nn.Module):
         self.register_buffer('window', torch.hann_window(n_fft), persistent=False)
         self._group()
 
-# %% ../../nbs/20a_features.mel.ipynb #369695c0
-from fastcore.basics import patch
+# %% ../../nbs/20a_features.mel.ipynb #1fcbdf13
+@patch
+def shape(self:LogMel,
+          n_samples:int,  # Length of a clip, samples
+         )->tuple:        # `(n_mels, frames)`
+    "Shape of the feature of one clip."
+    return self.n_mels, 1 + n_samples // self.hop
+
+@patch(as_prop=True)
+def freqs(self:LogMel):
+    "Centre frequency of each band, Hz, for drawing."
+    from librosa import mel_frequencies
+    return mel_frequencies(n_mels=self.n_mels + 2, fmin=self.fmin, fmax=self.fmax)[1:-1]
 
 # %% ../../nbs/20a_features.mel.ipynb #484ea174
 @patch
@@ -130,14 +142,7 @@ def decode(self:LogMel,
     wav = griffin_lim(p.sqrt(), self.n_fft, self.hop, n_iter, init=init, n_samples=n_samples)
     return wav.reshape(*x.shape[:-2], -1)
 
-# %% ../../nbs/20a_features.mel.ipynb #d3953443
-@patch
-def shape(self:LogMel,
-          n_samples:int,  # Length of a clip, samples
-         )->tuple:        # `(n_mels, frames)`
-    "Shape of the feature of one clip."
-    return self.n_mels, 1 + n_samples // self.hop
-
+# %% ../../nbs/20a_features.mel.ipynb #17f0a5ea
 @patch
 @torch.no_grad()
 def fit_range(self:LogMel,
@@ -149,6 +154,7 @@ def fit_range(self:LogMel,
     self.lo.copy_(lo if self.floor_db is None else hi + self.floor_db * math.log(10) / 10)
     return self
 
+# %% ../../nbs/20a_features.mel.ipynb #a79e5b87
 @patch(as_prop=True)
 def args(self:LogMel):
     "Arguments that build this feature again."
