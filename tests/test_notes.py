@@ -56,7 +56,7 @@ def folder(tmp_path):
 # sources
 
 def test_orchestra_is_the_stated_one(orchestra):
-    assert len(ORCHESTRA) == 12 and 'Accordion' not in ORCHESTRA
+    assert len(ORCHESTRA) == 12 and 'Viola' not in ORCHESTRA
     silent = orchestra.attrs['silent']
     assert all(n.startswith('Alto-Saxophone_064') for n in silent) and len(silent) == 3
     assert len(orchestra) + len(silent) == 3*sum(hi - lo + 1 for _, lo, hi in ORCHESTRA.values())

@@ -58,12 +58,12 @@ def note_table(rows,           # Anything `pandas.DataFrame` takes, with at leas
     t['midi'] = t.midi.astype(int)
     return t[list(COLUMNS) + [c for c in t if c not in COLUMNS]]
 
-# %% ../../nbs/12_data.notes.ipynb #143d8983
+# %% ../../nbs/12_data.notes.ipynb #2b424498
 ORCHESTRA = {  # name: (General MIDI program counted from 0, lowest MIDI pitch, highest)
-    'Alto-Saxophone': (65, 49,  80), 'Bassoon':     (70, 34,  75), 'Clarinet-Bb': (71, 50, 94),
-    'Flute':          (73, 60,  96), 'French-Horn': (60, 34,  77), 'Oboe':        (68, 58, 91),
-    'Piano':          ( 0, 21, 108), 'Trombone':    (57, 34,  74), 'Trumpet':     (56, 54, 86),
-    'Viola':          (41, 48,  91), 'Violin':      (40, 55, 100), 'Violoncello': (42, 36, 83)}
+    'Accordion':   (21, 34,  77), 'Alto-Saxophone': (65, 49, 80), 'Bassoon': (70, 34, 75),
+    'Clarinet-Bb': (71, 50,  94), 'Flute':          (73, 60, 96), 'French-Horn': (60, 34, 77),
+    'Oboe':        (68, 58,  91), 'Piano':          ( 0, 21, 108), 'Trombone': (57, 34, 74),
+    'Trumpet':     (56, 54,  86), 'Violin':         (40, 55, 100), 'Violoncello': (42, 36, 83)}
 
 # %% ../../nbs/12_data.notes.ipynb #090c873d
 @lru_cache(maxsize=4)
