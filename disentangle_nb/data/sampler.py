@@ -124,22 +124,21 @@ def lowpass(hz:float,  # Cutoff
     r0, r1 = 1 + a1 + a2, (1 - a1 + a2) * f2 / math.sqrt((1 - f2) ** 2 + f2 * 4 * zeta ** 2)
     return np.array([(r0 + r1) / 2, (r0 - r1) / 2, 0], np.float32), np.array([1, a1, a2], np.float32)
 
-# %% ../../nbs/10a_data.sampler.ipynb #de4e0686
+# %% ../../nbs/10a_data.sampler.ipynb #869d1e7d
 def sweep(x:np.ndarray,  # Clip (t,), float32
           cents:np.ndarray,  # Cutoff of each block, in cents above 8.176 Hz
           q:float,  # Resonance in dB
           sr:int,  # Rate in Hz
           block:int=32,  # Samples a block
           step:float=40.,  # Cents between one filter and the next
-          most:int=96,  # Filters, about
          )->np.ndarray:  # (t,)
     "A low-pass whose cutoff moves."
     from scipy.signal import lfilter
     cents = np.clip(cents, 1500, 13500)
-    way = np.cumsum(np.abs(np.diff(cents, prepend=cents[:1])))
-    edges = [0, *(np.flatnonzero(np.diff((way / max(step, way[-1] / most)).astype(int))) + 1).tolist(), len(cents)]
+    cents = cents[0] + np.round((cents - cents[0]) / step) * step
+    edges = [0, *(np.flatnonzero(np.diff(cents)) + 1).tolist(), len(cents)]
     y, state = np.empty_like(x), np.zeros(2, np.float32)
     for a, b in zip(edges, edges[1:]):
-        part, hz = slice(a * block, b * block), hertz((cents[a] + cents[b - 1]) / 2)
-        y[part], state = lfilter(*lowpass(min(hz, .7 * sr), q, sr), x[part], zi=state)
+        part = slice(a * block, b * block)
+        y[part], state = lfilter(*lowpass(min(hertz(cents[a]), .7 * sr), q, sr), x[part], zi=state)
     return y

@@ -205,20 +205,22 @@ def zones(self:SoundFont,
                      round(hertz(z.gens['cutoff'])), round(.04 * z.gens['attenuation'], 2)))
     return pd.DataFrame(rows, columns='recording key_lo key_hi velocity_lo velocity_hi root rate looped cutoff attenuation'.split())
 
-# %% ../../nbs/11_data.soundfont.ipynb #16e52dc1
+# %% ../../nbs/11_data.soundfont.ipynb #60211422
 @patch
 def show_zones(self:SoundFont,
                programs:dict,  # Label -> General MIDI program
                title:str|None=None,  # The figure's claim
               ):  # Axes
-    "A keyboard for each instrument, a bar for each recording, a tick where it plays at its own speed."
+    "A keyboard for each instrument, a bar for each recording, a tick at its root key, a cross at keys without any."
     from disentangle_nb.plot import panels
     ax = panels(width=8, height=.6 + .42 * len(programs))
     for row, (label, p) in enumerate(programs.items()):
         for i, z in enumerate(self.zones(p).drop_duplicates(['recording', 'key_lo']).sort_values('key_lo').itertuples()):
             y = -row + .15 * (i % 2) - .07
-            ax.plot([z.key_lo - .4, z.key_hi + .4], [y, y], lw=5, solid_capstyle='butt', color=('#3f74b0', '#ecb075')[i % 2])
+            ax.plot([z.key_lo - .5, z.key_hi + .5], [y, y], lw=5, solid_capstyle='butt', color=('#3f74b0', '#ecb075')[i % 2])
             ax.plot(z.root, y, '|', color='k', ms=7)
+        holes = [k for k in range(20, 109) if not len(self.zones(p, k))]
+        ax.plot(holes, [-row] * len(holes), 'x', color='k', ms=7, mew=2)
     ax.set(yticks=[-r for r in range(len(programs))], yticklabels=programs, xlim=(20, 110), xlabel='key (MIDI number)')
     if title: ax.set_title(title, fontsize=10, loc='left')
     return ax
