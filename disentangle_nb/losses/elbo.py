@@ -129,15 +129,16 @@ def pitch_terms(self:GMVAELoss, out, pitch):
     if 'pitch_logits' in out: t['pitch_ce'] = F.cross_entropy(out['pitch_logits'].float(), pitch)
     return t
 
-# %% ../../nbs/40_losses.elbo.ipynb #a2a0d263
+# %% ../../nbs/40_losses.elbo.ipynb #8cf73dd9
 def accuracies(out:dict,            # What the model returned
                timbre:torch.Tensor, # Instrument indices, (b,)
                pitch:torch.Tensor,  # Pitch indices, (b,)
-              )->dict:              # 'timbre_acc', 'pitch_acc': share of notes named rightly
-    "How often the likeliest timbre component and the nearest pitch component (or classifier) are right."
+              )->dict:              # 'timbre_acc', 'pitch_acc', 'pitch_read': share of notes named rightly
+    "How often the likeliest timbre component, the nearest pitch component and the pitch classifier are right."
     t = dict(timbre_acc=out['timbre_logits'].argmax(-1) == timbre)
-    if 'pitch_logits' in out: t['pitch_acc'] = out['pitch_logits'].argmax(-1) == pitch
-    elif 'pitch_mu' in out: t['pitch_acc'] = torch.cdist(out['pitch_mu'].detach(), out['pitch_means'].detach()).argmin(-1) == pitch
+    if 'pitch_mu' in out:
+        t['pitch_acc'] = torch.cdist(out['pitch_mu'].detach(), out['pitch_means'].detach()).argmin(-1) == pitch
+    if 'pitch_logits' in out: t['pitch_read'] = out['pitch_logits'].argmax(-1) == pitch
     return {k: v.float().mean() for k, v in t.items()}
 
 # %% ../../nbs/40_losses.elbo.ipynb #d2b3ba49
