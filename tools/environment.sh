@@ -36,7 +36,8 @@ if ! { [ -x .venv/bin/python ] && .venv/bin/python -c "$fits" 2>/dev/null; }; th
 fi
 echo "environment: installing disentangle_nb[$extras]; the first time this fetches up to 2 GB and takes a few minutes"
 start=$(date +%s)
-.venv/bin/python -m pip install -q --disable-pip-version-check -e ".[$extras]"
+.venv/bin/python -m pip install -q --no-compile --disable-pip-version-check -e ".[$extras]"
 .venv/bin/python -m pip check
+.venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true # pip compiles on one core; a few packages carry files that can't
 printf '%s\n' "$want" > ".venv/ready-$extras"
 echo "environment: ready after $(($(date +%s) - start)) s"
