@@ -28,7 +28,7 @@ def process():
     try: proc_nbs(force=True, n_workers=int(os.environ.get('WORKERS', 2)))
     except Exception as e: # the reason is in the text of the worker's traceback: its first line that names an error
         reason = re.search(r'^\w*(?:Error|Exception|Interrupt)\b.*', str(e.__cause__ or ''), re.M)
-        sys.exit(f'site: {reason[0] if reason else type(e).__name__}\n{e}')
+        sys.exit(f'site: {reason[0] if reason else type(e).__name__}\n{e}\n(nbdev runs exported cells and those that import: keep imports in cells of their own)')
 
 
 def symbols():
