@@ -57,6 +57,16 @@ def test_notebooks_import_only_from_lower_numbers():
     assert not faults, '\n'.join(sorted(set(faults)))
 
 
+def test_imports_have_cells_of_their_own():
+    "nbdev runs every cell with an import when it makes the site, and what else stands there needs what it did not run."
+    faults = []
+    for path in nbs.glob('*.ipynb'):
+        for src in (s for s in cells(path) if not re.search(r'^#\s*\|\s*exports?\b', s, re.M)):
+            top = [isinstance(n, (ast.Import, ast.ImportFrom)) for n in getattr(tree(src), 'body', [])]
+            if any(top) and not all(top): faults.append(f'{path.name}: {src.splitlines()[0]}')
+    assert not faults, '\n'.join(sorted(faults))
+
+
 def test_every_module_comes_from_a_notebook():
     of, faults = modules(), []
     for p in lib.rglob('*.py'):
