@@ -210,16 +210,15 @@ def shifted(self:Disentangler, z, semitones, sounds):
     if missing: raise ValueError(f"a shift of {semitones:+d} semitones leads to {missing[0]}; " + _unknown('pitch', missing[0], names))
     return torch.tensor([where[int(m)] for m in want.flatten().tolist()], device=own.device).view_as(own)
 
-# %% ../../nbs/30_models.system.ipynb #aa621d3f
+# %% ../../nbs/30_models.system.ipynb #dc4b6442
 def follow(wav:torch.Tensor,  # Waveforms, (b, t)
            like:torch.Tensor, # Waveforms whose level to take on, (b, t)
            size:int=1024,     # Samples over which level is measured
-           limit:float=30.,   # Largest gain either way, dB
+           limit:float=30.,   # Largest amplification, dB; there is no limit downwards
           )->torch.Tensor:    # `wav` with the level of `like`, (b, t)
     "Give `wav` the loudness contour of `like`."
     level = lambda v: F.avg_pool1d(v.square()[:, None], size, size // 2, size // 2) + 1e-9
-    bound = 10 ** (limit / 20)
-    gain = (level(like) / level(wav)).sqrt().clamp(1 / bound, bound)
+    gain = (level(like) / level(wav)).sqrt().clamp(max=10 ** (limit / 20))
     return wav * F.interpolate(gain, wav.shape[-1], mode='linear', align_corners=True)[:, 0]
 
 # %% ../../nbs/30_models.system.ipynb #830244d5
@@ -323,7 +322,7 @@ def resolve(name:str, # Such as 'models.gmvae.GMVAE'
         raise CheckpointError(f"{name!r} is not a model or feature of this version")
     return found
 
-# %% ../../nbs/30_models.system.ipynb #15ce1f20
+# %% ../../nbs/30_models.system.ipynb #f5150503
 def read_card(folder, # A saved system's folder
              )->dict: # The card, checked for form and version
     "The card of a saved system."
@@ -336,6 +335,9 @@ def read_card(folder, # A saved system's folder
         raise CheckpointError(f"{path} has format version {card.get('version')!r}; this release reads up to {VERSION}. Upgrade disentangle_nb")
     missing = [k for k in ('feature', 'model', 'vocabs', 'arrays') if not isinstance(card.get(k), dict)]
     if missing: raise CheckpointError(f"{path} lacks {', '.join(missing)}")
+    for f, v in card['vocabs'].items():
+        if not isinstance(v, list) or not all(isinstance(n, str | int) for n in v) or len(set(v)) < len(v):
+            raise CheckpointError(f"{path}: the vocab of {f} should be a list of different names or numbers; got {str(v)[:60]}")
     return card
 
 def _what_is(path):

@@ -205,12 +205,12 @@ def param_groups(
     "What the optimiser moves; frozen tables are left out."
     return [g for g in (trainable_params(model), trainable_params(loss)) if g]
 
-# %% ../../nbs/50_training.learner.ipynb #f00f7ed5
+# %% ../../nbs/50_training.learner.ipynb #6c0c72e9
 class LateStart(Learner):
-    "Learner whose loop can begin at `start_epoch`, which a callback may set before a fit begins."
-    start_epoch = 0
+    "Learner whose loop can begin at `first_epoch`, which a callback may set before a fit begins."
+    first_epoch = 0
     def _do_fit(self):
-        first, self.start_epoch = self.start_epoch, 0
+        first, self.first_epoch = self.first_epoch, 0
         for self.epoch in range(first, self.n_epoch): self._with_events(self._do_epoch, 'epoch', CancelEpochException)
 
 # %% ../../nbs/50_training.learner.ipynb #b57b78f4

@@ -169,7 +169,7 @@ def restore_record(learn, tensors, numbers):
     if parts is not None: parts.history = numbers['parts']
     for dl, state in zip(learn.dls.loaders, numbers['loaders']): set_loader(dl, state)
 
-# %% ../../nbs/52_training.resume.ipynb #f8b66c73
+# %% ../../nbs/52_training.resume.ipynb #24fa89ef
 class Checkpoint(Callback):
     "Writes everything a run depends on at the ends of epochs, and goes on from there."
     order, run_valid = 65, True
@@ -197,12 +197,12 @@ class Checkpoint(Callback):
 
     def _continue(self, path, tensors, numbers):
         "Restore from a checkpoint and tell the loop where to start."
-        if not hasattr(self.learn, 'start_epoch'): raise TypeError("resuming needs a Learner that can start late; make it with gmvae_learner")
+        if not hasattr(self.learn, 'first_epoch'): raise TypeError("resuming needs a Learner that can start late; make it with gmvae_learner")
         same_run(numbers, self.learn, self.description)
         restore(self.learn, tensors, numbers)
         restore_record(self.learn, tensors, numbers)
-        self.learn.start_epoch, self.last = numbers['epoch'] + 1, path
-        self.learn.train_iter = self.learn.start_epoch * numbers['n_iter']
+        self.learn.first_epoch, self.last = numbers['epoch'] + 1, path
+        self.learn.train_iter = self.learn.first_epoch * numbers['n_iter']
         set_chance({k.removeprefix('chance.'): v for k, v in tensors.items() if k.startswith('chance.')}, numbers['chance'])
 
     def after_epoch(self):
