@@ -31,12 +31,12 @@ def sidebar_yml():
 
 
 def map_md():
-    lines = ['## The map', '', 'Numbers are reading order and import order: a notebook imports only from lower ones.', '',
-             '| | notebook | |', '| --- | --- | --- |']
+    lines = ['## The map', '', 'Numbers are reading order and import order: a notebook imports only from lower ones.']
     for name, paths in decades():
-        for i, p in enumerate(paths):
+        lines += ['', f'**{name}**', '']
+        for p in paths:
             head, promise = title(p)
-            lines.append(f"| {f'**{name}**' if i == 0 else ''} | [{head}]({p.name}) | {promise.replace('|', '/')} |")
+            lines.append(f'- [{head}]({p.name}): {promise}' if promise else f'- [{head}]({p.name})')
     return '\n'.join(lines)
 
 
