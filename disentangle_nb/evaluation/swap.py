@@ -115,14 +115,14 @@ def _versions(system, clips, edits, gifts):
         else: wav = system.edit(clips[rows], **{k: [values[i] for i in rows]})
         yield 'edit', k, rows, wav
 
-# %% ../../nbs/62_evaluation.swap.ipynb #367cb8d3
+# %% ../../nbs/62_evaluation.swap.ipynb #20aad002
 def _report(condition, k, wav, src, was, table, asked, feature, judges, vocabs, truth):
     "One row a note of one version."
     import pandas as pd
     want = table if not k else table.assign(**{column(table, k): asked})
     df = pd.concat([verdicts(feature.encode(wav), want, judges, vocabs), deviations(wav, src, was, feature.sr, asked if k == 'pitch' else None)], axis=1)
-    tell = lambda names: df[names].all(axis=1) if names else np.nan
-    df['changed'] = (tell([f'ok_{k}']) if k in judges else tell(['ok_f0']) if k == 'pitch' else np.nan) if k else np.nan
+    tell = lambda names: df[names].all(axis=1).astype(float) if names else np.nan
+    df['changed'] = tell([f'ok_{k}'] if k in judges else ['ok_f0']*(k == 'pitch'))
     df['p_asked'] = df[f'p_{k}'] if k in judges else np.nan
     df['kept'] = tell([f'ok_{j}' for j in judges if j != k] + ['ok_f0']*(k != 'pitch'))
     if truth is not None:
@@ -138,7 +138,7 @@ def _batch(system, clips, table, edits, gifts, judges, truth):
     return [_report(c, k, w[..., :t].nan_to_num(), src[rows], was.iloc[rows], table.iloc[rows], [edits[k][i] for i in rows] if k else None,
                     f, judges, getattr(system, 'vocabs', {}), truth) for c, k, rows, w in made]
 
-# %% ../../nbs/62_evaluation.swap.ipynb #59c546b3
+# %% ../../nbs/62_evaluation.swap.ipynb #e319544e
 def swap_test(system,             # A Disentangler: `feature`, `encode`, `decode`, `edit`, and `vocabs` for judges without class names
               clips:torch.Tensor, # Held-out notes, shape `(b, t)`
               table,              # Their labels, one row each
@@ -161,6 +161,7 @@ def swap_test(system,             # A Disentangler: `feature`, `encode`, `decode
     edits = {k: list((asked or {}).get(k) or plan_edits(table, k, cells, seed)) for k in factors}
     for k, v in edits.items():
         if len(v) != len(table): raise ValueError(f"asked for {len(v)} values of {k}; there are {len(table)} notes")
+        if not any(a is not None for a in v): raise ValueError(f"no note can be asked for another {k}: no combination in `cells` allows it")
     parts = []
     for i in progress(range(0, len(clips), bs), desc='swap test'):
         part = {k: v[i:i + bs] for k, v in edits.items()}
