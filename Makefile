@@ -34,7 +34,7 @@ docs: environment
 	$(bin)/python tools/check_links.py _site
 
 test: drift docs
-	$(single) $(bin)/python -m pytest -q -n $(WORKERS) --dist worksteal -rs --durations=5 --durations-min=20 tests
+	$(single) $(bin)/python -m pytest -q --tb=short -n $(WORKERS) --dist worksteal -rs --durations=5 --durations-min=20 tests
 
 hooks: environment
 	$(bin)/nbdev_install_hooks
