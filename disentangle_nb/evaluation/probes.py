@@ -46,12 +46,13 @@ def fit_linear(x:torch.Tensor,  # Codes, shape `(b, d)`
     opt.step(closure); W = W.detach()
     return lambda z: ((z.to(mu) - mu)/sd) @ W[:-1] + W[-1]
 
-# %% ../../nbs/61_evaluation.probes.ipynb #2bad3ccb
-def _labels(*ys):
-    "Class indices `0…k-1` for labels of any kind, shared by all of `ys`, and the classes."
-    ys = [y.cpu().numpy() if torch.is_tensor(y) else np.asarray(y) for y in ys]
-    classes, idx = np.unique(np.concatenate(ys), return_inverse=True)
-    return [torch.as_tensor(i) for i in np.split(idx, np.cumsum([len(y) for y in ys])[:-1])], classes
+# %% ../../nbs/61_evaluation.probes.ipynb #5def3802
+def _labels(first, *others):
+    "Class indices of labels of any kind, and the classes; these are those of `first`, and what it lacks becomes -1."
+    first, *others = (y.cpu().numpy() if torch.is_tensor(y) else np.asarray(y) for y in (first, *others))
+    classes, idx = np.unique(first, return_inverse=True)
+    found = [np.searchsorted(classes, y).clip(max=len(classes) - 1) for y in others]
+    return [torch.as_tensor(i) for i in (idx, *(np.where(classes[f] == y, f, -1) for f, y in zip(found, others)))], classes
 
 def _score(hit, n_boot=1000, seed=0):
     "Accuracy of boolean `hit` with its interval."
@@ -110,19 +111,19 @@ def count_table(target,      # Labels, shape `(b,)`
     (t,), ts = _labels(target); (g,), gs = _labels(given)
     return np.bincount(g*len(ts) + t, minlength=len(gs)*len(ts)).reshape(len(gs), len(ts))
 
-# %% ../../nbs/61_evaluation.probes.ipynb #33e276b8
+# %% ../../nbs/61_evaluation.probes.ipynb #58a0b5c7
 def guess_floor(target,         # Labels to be guessed, shape `(b,)`
                 given=None,     # What may be known, shape `(b,)`; nothing if not given (the majority's share)
                 target_te=None, # Labels of held-out items to guess by the rule learned above, shape `(m,)`
                 given_te=None,  # What may be known of them, shape `(m,)`
                )->float:        # Share of right guesses
     "Accuracy of the best guess of `target` that knows `given` and nothing else."
-    given, given_te = (np.zeros(len(t), int) if g is None and t is not None else g for g, t in ((given, target), (given_te, target_te)))
-    if target_te is None: return float(count_table(target, given).max(1).sum()/len(target))
-    (t, t2), _ = _labels(target, target_te); (g, g2), gs = _labels(given, given_te)
-    table = np.zeros((len(gs), int(max(t.max(), t2.max())) + 1)); np.add.at(table, (g, t), 1)
-    table += table.sum(0)/table.sum()*1e-6
-    return float((table.argmax(1)[g2] == t2.numpy()).mean())
+    given, given_te = (None if t is None else np.zeros(len(t), int) if g is None else g for g, t in ((given, target), (given_te, target_te)))
+    table = count_table(target, given)
+    if target_te is None: return float(table.max(1).sum()/len(target))
+    (_, t), _ = _labels(target, target_te); (_, g), _ = _labels(given, given_te)
+    guess = np.append(table.argmax(1), table.sum(0).argmax())       # the last row answers for what was never given
+    return float((guess[g] == t.numpy()).mean())
 
 # %% ../../nbs/61_evaluation.probes.ipynb #d297e30b
 def mutual_info(a, # Labels, shape `(b,)`

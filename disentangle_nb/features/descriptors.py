@@ -63,7 +63,7 @@ def pick_period(d:torch.Tensor,   # Normalised difference, shape `(…, l)`
     best = d.masked_fill(~trough, math.inf).amin(-1, keepdim=True)
     return (trough & (d <= best + slack)).int().argmax(-1)
 
-# %% ../../nbs/24_features.descriptors.ipynb #e474e9e7
+# %% ../../nbs/24_features.descriptors.ipynb #f456600b
 def _consensus(d, e, context):
     "Average of `d` `(b, n, l)` over `context` neighbouring frames (all if None), each weighted by its amplitude."
     w = e.sqrt()[..., None]
@@ -76,12 +76,12 @@ def _consensus(d, e, context):
 def _track(frames, lags, shortest, context, up):
     "Periods (in lag indices) and aperiodicity of frames `(b, n, t)`."
     b, n, t = frames.shape
-    d, e = difference(frames.reshape(-1, t), lags, up).view(b, n, -1), frames.square().mean(-1)
+    d, e = difference(frames.reshape(-1, t), lags, up).view(b, n, -1), frames.var(-1, correction=0)
     i = pick_period(_consensus(d, e, context), shortest)[..., None]
     lag = torch.arange(1, d.shape[-1] + 1, device=d.device)
     near = d.masked_fill((lag.log() - (i + 1).log()).abs() > .06, math.inf).argmin(-1)
-    silent = ~(e > 1e-9)
-    return parabola(d, near).masked_fill(silent, math.nan), d.gather(-1, near[..., None])[..., 0].masked_fill(silent, 1.)
+    none = ~(e > 1e-9) | (i[..., 0] < shortest)                           # silence, NaN, or no trough at all
+    return parabola(d, near).masked_fill(none, math.nan), d.gather(-1, near[..., None])[..., 0].masked_fill(none, 1.)
 
 # %% ../../nbs/24_features.descriptors.ipynb #ca2dc68c
 def track_f0(wav:torch.Tensor,     # Clips, shape `(b, t)` or `(t,)`
