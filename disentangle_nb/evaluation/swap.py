@@ -101,21 +101,21 @@ def find_notes(table,         # Where to look, one row a note
     rows = {key: i for i, key in reversed(list(enumerate(zip(*(table[c] for c in cols)))))}
     return np.array([rows.get(key, -1) for key in zip(*(want[c] for c in cols))], dtype=int)
 
-# %% ../../nbs/62_evaluation.swap.ipynb #62bb853d
-def _versions(system, clips, edits, gifts):
+# %% ../../nbs/62_evaluation.swap.ipynb #724ff764
+def _versions(system, clips, edits, gifts, kw):
     "(condition, factor, rows, clips) of a batch; an edit leaves out the notes that nothing could be asked of."
     every, codes = np.arange(len(clips)), system.encode(clips)
     yield 'original', '', every, clips
-    yield 'copy', '', every, system.feature.decode(system.feature.encode(clips))
-    yield 'no edit', '', every, system.decode(codes)
+    yield 'copy', '', every, system.feature.decode(system.feature.encode(clips), **kw)
+    yield 'no edit', '', every, system.decode(codes, **kw)
     for k, values in edits.items():
         rows = np.array([i for i, v in enumerate(values) if v is not None], dtype=int)
         if len(rows) == 0: continue
-        if k in gifts: wav = system.decode({**{f: z[rows] for f, z in codes.items()}, k: system.encode(gifts[k])[k]})
-        else: wav = system.edit(clips[rows], **{k: [values[i] for i in rows]})
+        if k in gifts: wav = system.decode({**{f: z[rows] for f, z in codes.items()}, k: system.encode(gifts[k])[k]}, **kw)
+        else: wav = system.edit(clips[rows], **{k: [values[i] for i in rows]}, **kw)
         yield 'edit', k, rows, wav
 
-# %% ../../nbs/62_evaluation.swap.ipynb #20aad002
+# %% ../../nbs/62_evaluation.swap.ipynb #c3b42658
 def _report(condition, k, wav, src, was, table, asked, feature, judges, vocabs, truth):
     "One row a note of one version."
     import pandas as pd
@@ -131,14 +131,14 @@ def _report(condition, k, wav, src, was, table, asked, feature, judges, vocabs, 
     return pd.concat([table.assign(condition=condition, factor=k, asked=asked), df], axis=1)
 
 @torch.no_grad()
-def _batch(system, clips, table, edits, gifts, judges, truth):
+def _batch(system, clips, table, edits, gifts, judges, truth, kw):
     "All versions of a batch."
-    f, made = system.feature, list(_versions(system, clips, edits, gifts))
+    f, made = system.feature, list(_versions(system, clips, edits, gifts, kw))
     t = min(w.shape[-1] for *_, w in made); src = clips[..., :t]; was = listen(src, f.sr, table)
     return [_report(c, k, w[..., :t].nan_to_num(), src[rows], was.iloc[rows], table.iloc[rows], [edits[k][i] for i in rows] if k else None,
                     f, judges, getattr(system, 'vocabs', {}), truth) for c, k, rows, w in made]
 
-# %% ../../nbs/62_evaluation.swap.ipynb #e319544e
+# %% ../../nbs/62_evaluation.swap.ipynb #df303447
 def swap_test(system,             # A Disentangler: `feature`, `encode`, `decode`, `edit`, and `vocabs` for judges without class names
               clips:torch.Tensor, # Held-out notes, shape `(b, t)`
               table,              # Their labels, one row each
@@ -150,6 +150,7 @@ def swap_test(system,             # A Disentangler: `feature`, `encode`, `decode
               truth=None,         # Clips and table in which the asked note may be found, for `lsd_asked_db`
               bs:int=64,          # Notes a batch
               seed:int=0,         # Seed of the draws
+              **kw,               # Passed to every decode and edit, e.g. `n_iter=32` for a shorter phase search
              ):                   # One row for each note and condition
     "Edit, decode, and measure what changed and what stayed, beside copy-synthesis and the model without an edit."
     import pandas as pd
@@ -166,7 +167,7 @@ def swap_test(system,             # A Disentangler: `feature`, `encode`, `decode
     for i in progress(range(0, len(clips), bs), desc='swap test'):
         part = {k: v[i:i + bs] for k, v in edits.items()}
         gifts = {k: clips[donors(table, k, [a for a in v if a is not None], seed + i)].to(dev) for k, v in part.items()} if donate else {}
-        parts += _batch(system, clips[i:i + bs].to(dev), table.iloc[i:i + bs], part, gifts, judges, truth)
+        parts += _batch(system, clips[i:i + bs].to(dev), table.iloc[i:i + bs], part, gifts, judges, truth, kw)
     return pd.concat(parts, ignore_index=True)
 
 # %% ../../nbs/62_evaluation.swap.ipynb #e15bb73e
