@@ -192,35 +192,35 @@ class Oracle:
         index = [[self.vocabs['timbre'].index(i) for i in row.instrument], list(row.midi - 52), list(row.dynamics)]
         return {k: torch.tensor(v)[:, None] for k, v in zip(self.factors, index)}
 
-    def decode(self, codes):
+    def decode(self, codes, n_iter=0):
         i, m, take = (codes[k][:, 0] for k in self.factors)
         return self.bank[(i % 3*13 + m % 13)*3 + take]
 
     def asked(self, codes, values):
         return {**codes, **{k: torch.tensor([self.vocabs[k].index(a) for a in v])[:, None] for k, v in values.items()}}
 
-    def edit(self, clips, **values): return self.decode(self.asked(self.encode(clips), values))
+    def edit(self, clips, n_iter=0, **values): return self.decode(self.asked(self.encode(clips), values))
 
 
 class Deaf(Oracle):
-    def edit(self, clips, **values): return self.decode(self.encode(clips))
+    def edit(self, clips, n_iter=0, **values): return self.decode(self.encode(clips))
 
 
 class Clumsy(Oracle):
-    def edit(self, clips, **values):
+    def edit(self, clips, n_iter=0, **values):
         codes = self.encode(clips)
         other = 'pitch' if 'timbre' in values else 'timbre'
         return self.decode(self.asked({**codes, other: codes[other] + 1}, values))
 
 
 class Mute(Oracle):
-    def edit(self, clips, **values): return torch.zeros_like(clips)
+    def edit(self, clips, n_iter=0, **values): return torch.zeros_like(clips)
 
 
 def score(system, stage, **kw):
     _, _, table, clips, judges = stage
     held = table[table.dynamics == 2]
-    df = swap_test(system(stage), clips[held.index], held, judges=judges, truth=(clips, table), **kw)
+    df = swap_test(system(stage), clips[held.index], held, judges=judges, truth=(clips, table), n_iter=16, **kw)
     return df, df[df.condition == 'edit'].groupby('factor')[['changed', 'kept', 'ok_f0', 'lsd_asked_db']].mean()
 
 
