@@ -75,7 +75,7 @@ def _values(x, unit):
     if unit in ('power', 'magnitude'): return to_db(x, 10 if unit == 'power' else 20), 'dB'
     return x, unit
 
-# %% ../nbs/02_plot.ipynb #eb30e6aa
+# %% ../nbs/02_plot.ipynb #4341e427
 def show_spec(x,                # Spectrogram `(f, n)`
               sr:int=22050,     # Sample rate, Hz
               hop:int=256,      # Samples between frames
@@ -94,7 +94,8 @@ def show_spec(x,                # Spectrogram `(f, n)`
     z, freqs = z[freqs > 0], freqs[freqs > 0]
     ax = ax or panels()
     t = (np.arange(z.shape[1] + 1) - .5) * hop / sr
-    im = ax.pcolormesh(t, _edges(freqs), z, cmap=colormaps['magma'].resampled(32), vmin=vmin, vmax=vmax, rasterized=True)
+    cmap = colormaps['magma'].resampled(32)
+    im = ax.pcolormesh(t, _edges(freqs), z, cmap=cmap, vmin=vmin, vmax=vmax, rasterized=True)
     ax.set_yscale('log')
     ax.set_ylim(max(_edges(freqs)[0], 40), None)
     _hertz(ax)
@@ -109,7 +110,7 @@ def _hertz(ax):
     ax.set_yticks(ticks, [f'{f}' for f in ticks])
     ax.set_yticks([], minor=True)
 
-# %% ../nbs/02_plot.ipynb #f6e1f442
+# %% ../nbs/02_plot.ipynb #7a26a7cd
 def show_matrix(m,               # Matrix `(rows, cols)`
                 rows,            # Names of the rows
                 cols,            # Names of the columns
@@ -124,23 +125,27 @@ def show_matrix(m,               # Matrix `(rows, cols)`
     m = _np(m).astype(float)
     if m.shape != (len(rows), len(cols)):
         raise ValueError(f"matrix {m.shape} does not fit {len(rows)} row names and {len(cols)} column names")
-    ax = ax or panels(width=min(9., 1.8 + (.58 if len(cols) <= 15 else .3)*len(cols)), height=min(7., 1.1 + .3*len(rows)))
+    width = min(9., 1.8 + (.58 if len(cols) <= 15 else .3)*len(cols))
+    ax = ax or panels(width=width, height=min(7., 1.1 + .3*len(rows)))
     top = np.nanmax(np.abs(m), initial=1e-12)
     signed = np.nanmin(m, initial=0) < 0
-    im = ax.imshow(m, cmap=cmap or (signed_map() if signed else 'magma'), vmin=-top if signed else 0, vmax=top, aspect='auto')
+    cmap = cmap or (signed_map() if signed else 'magma')
+    im = ax.imshow(m, cmap=cmap, vmin=-top if signed else 0, vmax=top, aspect='auto')
     every = [max(1, -(-k // 24)) for k in m.shape]
-    ax.set_xticks(range(0, len(cols), every[1]), [str(c) for c in cols[::every[1]]], rotation=60, ha='right', rotation_mode='anchor')
+    tilt = dict(rotation=60, ha='right', rotation_mode='anchor')
+    ax.set_xticks(range(0, len(cols), every[1]), [str(c) for c in cols[::every[1]]], **tilt)
     ax.set_yticks(range(0, len(rows), every[0]), [str(r) for r in rows[::every[0]]])
     if m.shape[1] <= 15 and m.shape[0] <= 24: _numbers(ax, im, m, fmt)
     else: ax.figure.colorbar(im, ax=ax, pad=.02)
     return _finish(ax, xlabel, ylabel, title)
 
-# %% ../nbs/02_plot.ipynb #92249c43
+# %% ../nbs/02_plot.ipynb #17862766
 def _numbers(ax, im, m, fmt):
     "Write each value in its cell, black on light and white on dark."
     for i, j in np.ndindex(*m.shape):
         light = np.dot(im.cmap(im.norm(m[i, j]))[:3], [.2126, .7152, .0722]) > .5
-        ax.text(j, i, '' if np.isnan(m[i, j]) else format(m[i, j], fmt), ha='center', va='center', fontsize=8, color='k' if light else 'w')
+        text = '' if np.isnan(m[i, j]) else format(m[i, j], fmt)
+        ax.text(j, i, text, ha='center', va='center', fontsize=8, color='k' if light else 'w')
 
 # %% ../nbs/02_plot.ipynb #e7919caa
 def plane(z,           # Codes `(n, d)`
@@ -153,7 +158,7 @@ def plane(z,           # Codes `(n, d)`
     v = v * np.sign(v[np.abs(v).argmax(0), range(v.shape[1])])
     return lambda q: (_np(q) - mid) @ v, ((z - mid) @ v).var(0) / (z - mid).var(0).sum().clip(1e-12)
 
-# %% ../nbs/02_plot.ipynb #31874d9c
+# %% ../nbs/02_plot.ipynb #3ef39ca4
 def show_latent(z,               # Codes `(n, d)`, `d` at least 2
                 labels,          # Label of each code: names, or numbers
                 means=None,      # Component means `(k, d)`, drawn as crosses
@@ -170,12 +175,13 @@ def show_latent(z,               # Codes `(n, d)`, `d` at least 2
         dots = ax.scatter(*p.T, c=labels, s=8, cmap='viridis')
         ax.figure.colorbar(dots, ax=ax, label=unit)
     else:
-        for i, k in enumerate(kinds): ax.scatter(*p[labels == k].T, s=12, marker='osD^v<>PX*hp'[i % 12], color=_shade(i, len(kinds)), label=str(k))
+        for i, k in enumerate(kinds):
+            ax.scatter(*p[labels == k].T, s=12, marker='osD^v<>PX*hp'[i % 12], color=_shade(i, len(kinds)), label=str(k))
         if means is None: ax.legend(fontsize=7, loc='center left', bbox_to_anchor=(1, .5))
     if means is not None: _crosses(ax, project(means), kinds if names is None else names)
     return _finish(ax, *[f'direction {i+1} ({s:.0%} of variance)' for i, s in enumerate(share)], title)
 
-# %% ../nbs/02_plot.ipynb #0567289d
+# %% ../nbs/02_plot.ipynb #19903de9
 def _shade(i, k):
     "Colour of kind `i` of `k`, darker to lighter."
     import matplotlib
@@ -186,7 +192,8 @@ def _crosses(ax, p, names):
     ax.scatter(*p.T, marker='x', color='k', s=30, lw=1.2)
     if len(p) > 24: return
     for (x, y), name in zip(p, names):
-        ax.annotate(str(name), (x, y), xytext=(3, 3), textcoords='offset points', fontsize=7, bbox=dict(fc='w', ec='none', alpha=.7, pad=.5))
+        box = dict(fc='w', ec='none', alpha=.7, pad=.5)
+        ax.annotate(str(name), (x, y), xytext=(3, 3), textcoords='offset points', fontsize=7, bbox=box)
 
 # %% ../nbs/02_plot.ipynb #6b337442
 def show_curves(x,               # Positions `(k,)`
@@ -205,7 +212,7 @@ def show_curves(x,               # Positions `(k,)`
     ax.legend(fontsize=8)
     return _finish(ax, xlabel, ylabel, title)
 
-# %% ../nbs/02_plot.ipynb #e373118b
+# %% ../nbs/02_plot.ipynb #bf15581a
 def same_loudness(*wavs,           # Clips, each `(t,)`
                   rms:float=.1,    # Root mean square to give them: .1 is -20 dB re full scale
                   peak:float=.98,  # Largest sample allowed
@@ -213,8 +220,9 @@ def same_loudness(*wavs,           # Clips, each `(t,)`
     "Scale clips to one loudness, lower if any of them would clip."
     out = [_np(w).reshape(-1).astype(np.float32) for w in wavs]
     for w in out:
-        if not np.isfinite(w).all(): raise ValueError("a clip holds NaN or Inf and cannot be played; look at what made it")
-    out = [w * (rms / r) if (r := np.sqrt(np.mean(w.astype(np.float64)**2)) if len(w) else 0) > 1e-7 else w for w in out]
+        if not np.isfinite(w).all(): raise ValueError("a clip to play holds NaN or Inf; look at what made it")
+    size = [np.sqrt(np.mean(w.astype(np.float64)**2)) if len(w) else 0 for w in out]
+    out = [w * (rms / r) if r > 1e-7 else w for w, r in zip(out, size)]
     top = max([np.abs(w).max(initial=0) for w in out], default=0)
     return [np.float32(w * min(1, peak / max(top, peak))) for w in out]
 

@@ -101,9 +101,9 @@ def spectral_convergence(wav:torch.Tensor,  # Clips `(b, t)`
     err = stft(wav, n_fft, hop).abs() - mag
     return err.flatten(1).norm(dim=1) / mag.flatten(1).norm(dim=1).clamp(min=1e-12)
 
-# %% ../../nbs/20_features.invert.ipynb #6e8c8710
+# %% ../../nbs/20_features.invert.ipynb #21ff85a9
 def partials(mag:torch.Tensor,  # Magnitudes `(b, n, f)`, frames before bins
-            )->tuple:           # For each bin: the nearest peak's bin, and that peak's frequency in bins, both `(b, n, f)`
+            )->tuple:           # For each bin the nearest peak's bin, and its frequency in bins, `(b, n, f)`
     "Which peak each bin belongs to, and where between the bins that peak is."
     f = mag.shape[-1]
     k = torch.arange(f, device=mag.device)
@@ -139,12 +139,13 @@ def _start(mag, n_fft, hop, init, seed):
     ph = torch.rand(mag.shape[1:], generator=torch.Generator().manual_seed(seed))
     return (2*math.pi*ph).to(mag).expand_as(mag)
 
-# %% ../../nbs/20_features.invert.ipynb #4710b27e
+# %% ../../nbs/20_features.invert.ipynb #bdafc5a4
 def _iterate(mag, ph, n_fft, hop, n_iter, momentum, t):
     "Fast Griffin-Lim on one piece of a batch, `mag` and `ph` being `(b, n, f)`."
     w, pad = torch.hann_window(n_fft, device=mag.device), n_fft//2
     gain = F.pad(1 / overlap_add((w*w).expand(1, mag.shape[1], -1), hop).clamp(min=1e-3), (0, pad + t))[:, pad:pad+t]
-    back = lambda c: F.pad(overlap_add(torch.fft.irfft(c, n_fft).mul_(w), hop), (0, max(0, t - hop*mag.shape[1])))[:, pad:pad+t] * gain
+    tail = max(0, pad + t - hop*(mag.shape[1] - 1) - n_fft)
+    back = lambda c: F.pad(overlap_add(torch.fft.irfft(c, n_fft).mul_(w), hop), (0, tail))[:, pad:pad+t] * gain
     c, old = torch.polar(mag, ph.contiguous()), None
     for _ in range(n_iter):
         new = torch.fft.rfft(frames(back(c), n_fft, hop)[:, :mag.shape[1]] * w)
@@ -154,22 +155,23 @@ def _iterate(mag, ph, n_fft, hop, n_iter, momentum, t):
         old = new
     return back(c)
 
-# %% ../../nbs/20_features.invert.ipynb #040a25ff
+# %% ../../nbs/20_features.invert.ipynb #82bcb2e1
 @torch.no_grad()
 def griffin_lim(mag:torch.Tensor,    # Magnitudes `(..., f, n)`
                 n_fft:int=2048,      # Samples in a frame
                 hop:int=256,         # Samples between frames
                 n_iter:int=64,       # Iterations
                 momentum:float=.99,  # 0 is the classic algorithm
-                init=None,           # Start: 'peaks' (the default), 'random', 'zero', or phases `(..., f, n)` in radians
+                init=None,           # Start: 'peaks' (if not given), 'random', 'zero', or phases `(..., f, n)`, rad
                 seed:int=0,          # Chooses the phases of a random start
-                n_samples:int=None,  # Length to return; `hop*(n-1)` if not given
+                n_samples:int=None,  # Length to return, cut or filled with silence; `hop*(n-1)` if not given
                )->torch.Tensor:      # Clips `(..., t)`
     "Find waveforms whose spectra have the magnitudes `mag`."
     f, n = mag.shape[-2:]
     if f != n_fft//2 + 1: raise ValueError(f"n_fft={n_fft} has {n_fft//2 + 1} bins; got magnitudes with {f}")
-    t = max(1, hop*(n - 1)) if n_samples is None else n_samples
-    if 1 + t//hop != n: raise ValueError(f"{n} frames at hop {hop} hold {hop*(n-1)} to {hop*n - 1} samples; got n_samples={t}")
+    full = max(1, hop*(n - 1))
+    size = full if n_samples is None else n_samples
+    t = min(max(size, full), hop*n - 1)
     k = max(1, (256 if mag.device.type == 'cpu' else 16384) // n)
     ph = init.to(mag).expand_as(mag).reshape(-1, f, n) if isinstance(init, torch.Tensor) else None
     out = []
@@ -177,4 +179,4 @@ def griffin_lim(mag:torch.Tensor,    # Magnitudes `(..., f, n)`
         x = x.mT.contiguous()
         start = _start(x, n_fft, hop, init, seed) if ph is None else ph[i*k:(i+1)*k].mT
         out.append(_iterate(x, start, n_fft, hop, n_iter, momentum, t))
-    return torch.cat(out).reshape(*mag.shape[:-2], t)
+    return F.pad(torch.cat(out), (0, size - t)).reshape(*mag.shape[:-2], size)

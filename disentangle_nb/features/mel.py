@@ -11,7 +11,7 @@ import torch, torch.nn as nn
 from fastcore.basics import patch
 from .invert import frames, griffin_lim, nnls_mel
 
-# %% ../../nbs/20a_features.mel.ipynb #2085a980
+# %% ../../nbs/20a_features.mel.ipynb #1938d141
 class LogMel(nn.Module):
     "Log-mel power of clips, scaled to [-1, 1], and the way back."
     def __init__(self,
@@ -27,7 +27,9 @@ class LogMel(nn.Module):
                 ):
         super().__init__()
         if fmax > sr/2: raise ValueError(f"fmax is at most half the sample rate, {sr/2:g} Hz; got {fmax:g} Hz")
-        if floor_db is not None and floor_db >= 0: raise ValueError(f"floor_db lies below hi, so it is negative; got {floor_db:g}")
+        if n_fft % 2: raise ValueError(f"n_fft must be even, so that frames have a centre; got {n_fft}")
+        if floor_db is not None and floor_db >= 0:
+            raise ValueError(f"floor_db lies below hi, so it is negative; got {floor_db:g}")
         self.sr, self.n_fft, self.hop, self.n_mels = sr, n_fft, hop, n_mels
         self.fmin, self.fmax, self.floor_db = fmin, fmax, floor_db
         if floor_db is not None: lo = hi + floor_db * math.log(10) / 10
@@ -63,30 +65,43 @@ def _group(self:LogMel, size:int=16):
         self._spans.append((2*a, 2*z))
         self.register_buffer(f'_w{i}', rows[:, a:z].repeat_interleave(2, 1).T.contiguous(), persistent=False)
 
-# %% ../../nbs/20a_features.mel.ipynb #cc7541a1
+# %% ../../nbs/20a_features.mel.ipynb #95273a47
 @patch
-def _bands(self:LogMel, fr):
-    "Mel power `(r, m)` of frames `(r, n_fft)`."
-    x = torch.view_as_real(torch.fft.rfft(fr * self.window)).flatten(-2)
-    x = x.square() if x.requires_grad else x.square_()
-    return torch.cat([x[:, a:z] @ getattr(self, f'_w{i}') for i, (a, z) in enumerate(self._spans)], 1)
+def _squares(self:LogMel, fr, buf, size=160):
+    "Squared real and imaginary parts `(b*n, 2*f)` of frames `(b, n, n_fft)`, in `buf` if there is one."
+    if buf is None: return torch.view_as_real(torch.fft.rfft(fr * self.window)).flatten(-2).square().flatten(0, 1)
+    i = 0
+    for q in (q for clip in fr for q in clip.tensor_split(-(-len(clip) // size))):
+        x = torch.view_as_real(torch.fft.rfft(q * self.window)).flatten(-2)
+        torch.mul(x, x, out=buf[i:i + len(q)])
+        i += len(q)
+    return buf[:i]
 
-# %% ../../nbs/20a_features.mel.ipynb #944174e8
+# %% ../../nbs/20a_features.mel.ipynb #20e3a3fc
 @patch
-def _piece(self:LogMel, wav, size):
+def _bands(self:LogMel, fr, buf=None):
+    "Mel power `(b, n, m)` of frames `(b, n, n_fft)`."
+    x = self._squares(fr, buf)
+    w = self._buffers
+    return torch.cat([x[:, a:z] @ w[f'_w{i}'] for i, (a, z) in enumerate(self._spans)], 1).unflatten(0, fr.shape[:2])
+
+# %% ../../nbs/20a_features.mel.ipynb #f1b7aca3
+@patch
+def _piece(self:LogMel, wav, size, buf):
     "Mel power `(b, m, n)` of clips `(b, t)`, at most `size` frames at a time."
     fr = frames(wav, self.n_fft, self.hop)
     step = -(-fr.shape[1] // -(-fr.shape[1] // size))
-    out = [self._bands(q.reshape(-1, self.n_fft)).unflatten(0, q.shape[:2]) for q in fr.split(step, 1)]
-    return torch.cat(out, 1).mT.contiguous()
+    return torch.cat([self._bands(q, buf) for q in fr.split(step, 1)], 1).mT.contiguous()
 
-# %% ../../nbs/20a_features.mel.ipynb #46e0f61e
+# %% ../../nbs/20a_features.mel.ipynb #d53fd3d4
 @patch
 def _map(self:LogMel, wav, fn):
     "Apply `fn` to the mel power of `wav` `(..., t)`, a few clips at a time."
-    n, size = self.shape(wav.shape[-1])[1], 384 if wav.device.type == 'cpu' else 16384
-    clips = wav.reshape(-1, wav.shape[-1]).split(max(1, size // n))
-    with torch.autocast(wav.device.type, enabled=False): out = [fn(self._piece(c.float(), size)) for c in clips]
+    wav, cpu = wav.to(self.window), wav.device.type == 'cpu'
+    n, size = self.shape(wav.shape[-1])[1], 384 if cpu else 16384
+    buf = wav.new_empty(size, self.n_fft + 2) if cpu and not wav.requires_grad else None
+    clips = wav.reshape(math.prod(wav.shape[:-1]), wav.shape[-1]).split(max(1, size // n))
+    with torch.autocast(wav.device.type, enabled=False): out = [fn(self._piece(c, size, buf)) for c in clips]
     return torch.cat(out).reshape(*wav.shape[:-1], self.n_mels, n)
 
 # %% ../../nbs/20a_features.mel.ipynb #0cd87f5d
@@ -128,12 +143,12 @@ def power(self:LogMel,
     "Undo normalisation and logarithm."
     return (((x + 1) / 2 * (self.hi - self.lo) + self.lo).exp() - self.eps).clamp(min=0)
 
-# %% ../../nbs/20a_features.mel.ipynb #0780f2a8
+# %% ../../nbs/20a_features.mel.ipynb #ccfac2f2
 @patch
 @torch.no_grad()
 def decode(self:LogMel,
            x:torch.Tensor,      # Normalised log-mel `(b, m, n)` or `(m, n)`
-           n_samples:int=None,  # Samples to return; `hop*(n-1)` if not given
+           n_samples:int=None,  # Length to return, cut or filled with silence; `hop*(n-1)` if not given
            n_iter:int=64,       # Griffin-Lim iterations
            init=None,           # Phases to start from, see `griffin_lim`
           )->torch.Tensor:      # Clips `(b, t)` or `(t,)`
