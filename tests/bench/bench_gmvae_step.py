@@ -8,7 +8,7 @@ Exits 1 below a floor.
 """
 import argparse, json, math, statistics, sys, tempfile, time
 from pathlib import Path
-import numpy as np, torch
+import torch
 from torch import nn
 from torch.nn import functional as F
 
@@ -56,13 +56,13 @@ class Plain(nn.Module):
 
 
 class Files(torch.utils.data.Dataset):
-    "One file for each note."
+    "One file for each note, as the published features are laid out."
     def __init__(self, folder, x, labels):
-        self.paths, self.labels = [folder/f'{i:05d}.npy' for i in range(len(x))], labels
-        for p, v in zip(self.paths, x): np.save(p, v.numpy())
+        self.paths, self.labels = [folder/f'{i:05d}.pth' for i in range(len(x))], labels
+        for p, v in zip(self.paths, x): torch.save(v.clone(), p)
 
     def __len__(self): return len(self.paths)
-    def __getitem__(self, i): return torch.from_numpy(np.load(self.paths[i], allow_pickle=False)), *[l[i] for l in self.labels]
+    def __getitem__(self, i): return torch.load(self.paths[i], weights_only=True), *[l[i] for l in self.labels]
 
 
 def forever(loader):
