@@ -69,7 +69,7 @@ def hsic(z:torch.Tensor,     # Codes, (b, d)
                                           (label[:, None] == label).to(z.dtype))]
     return (k * same).sum() / (k.norm() * same.norm()).clamp(min=1e-6)
 
-# %% ../../nbs/40_losses.elbo.ipynb #77fee846
+# %% ../../nbs/40_losses.elbo.ipynb #8f38fcfb
 class GMVAELoss(nn.Module):
     "Weighted sum of the bound's parts; the parts of the last call are in `parts`."
     def __init__(self,
@@ -81,6 +81,7 @@ class GMVAELoss(nn.Module):
                  pitch_ce:float=1.,        # Weight of the pitch classifier's cross-entropy
                  true_component:float=0.,  # Weight of the labelled timbre component's divergence, replacing A + C there
                  component_recon:float=0., # Weight of R for notes decoded from component means
+                 component_mix:float=0.,   # Share of notes decoded from components' means in place of their codes (no extra pass)
                  swap:float=0.,            # Weight of the exchange-and-return distance
                  adversary:float=0.,       # Scale of the reversed gradient of `heads`
                  hsic:float=0.,            # Weight of the dependence between timbre code and pitch label
@@ -96,7 +97,9 @@ class GMVAELoss(nn.Module):
             raise ValueError("a weight for the adversary needs heads to reverse; pass heads=Adversaries.of(model)")
 
     @property
-    def views(self): return tuple(v for v, k in (('components', 'component_recon'), ('swap', 'swap')) if self.weights[k])
+    def views(self):
+        names = dict(components='component_recon', mix='component_mix', swap='swap')
+        return {v: self.weights[k] for v, k in names.items() if self.weights[k]}
 
 # %% ../../nbs/40_losses.elbo.ipynb #3a233f84
 @patch

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['profiles', 'recipes', 'GMVAECard', 'gmvae_card', 'study_table', 'study_data', 'study_loss', 'study_learner',
-           'train_study', 'heard', 'study_judges', 'probe_study', 'component_study', 'transfer_study', 'pitch_study',
-           'recon_study', 'evaluate_study']
+           'train_study', 'heard', 'varied', 'study_judges', 'probe_study', 'component_study', 'transfer_study',
+           'pitch_study', 'recon_study', 'evaluate_study', 'run_study']
 
-# %% ../../nbs/80_studies.gmvae.ipynb #968de30b
+# %% ../../nbs/80_studies.gmvae.ipynb #9deda4a8
 import math, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 import numpy as np, torch
-from ..core import RunCard, cache_dir, content_key, pick_device, progress, provenance, seed_everything, write_json
-from ..data.batches import NoteData, note_augment, note_data, note_dls, part
+from torch.nn import functional as F
+from ..core import RunCard, cache_dir, content_key, pick_device, progress, provenance, read_json, seed_everything, write_json
+from ..data.batches import NoteData, band_centres, note_augment, note_data, note_dls, part, shift_bands
 from ..data.notes import ORCHESTRA, orchestra_table, read_table, split_cells, split_pitches, split_random, split_reference, split_zones
 from ..features.mel import LogMel
 from ..losses.elbo import GMVAELoss
@@ -22,7 +23,7 @@ from ..models.gmvae import GMVAE
 from ..models.system import Disentangler
 from ..training.adversarial import Adversaries
 
-# %% ../../nbs/80_studies.gmvae.ipynb #e388089f
+# %% ../../nbs/80_studies.gmvae.ipynb #24120423
 @dataclass(frozen=True)
 class GMVAECard(RunCard):
     "Everything that decides the outcome of a GMVAE run."
@@ -42,6 +43,7 @@ class GMVAECard(RunCard):
     hidden:int = 512                  # Width of the dense layers
     latent:int = 16                   # Dimensions of each code
     mean_gain:float = 1.              # Scale of the components' initial means; 1 is the paper's
+    pitch_curve:bool = False          # Pitch components start on circles, neighbours together, instead of at random
     class_from:Literal['sample', 'mean'] = 'sample'  # Where the class posterior is read
     pitch_classifier:bool = True      # Linear classifier on the pitch code
     weights:dict[str, float] = None   # Weights of the objective that differ from `GMVAELoss`'s defaults
@@ -87,7 +89,7 @@ def study_data(card:GMVAECard, # Settings
     feature = LogMel(n_mels=card.n_mels, floor_db=card.floor_db)
     return note_data(study_table(card), feature, label_portion=card.label_portion, shifts=card.shifts, fit_range=True)
 
-# %% ../../nbs/80_studies.gmvae.ipynb #55a60d73
+# %% ../../nbs/80_studies.gmvae.ipynb #fafa4f59
 def study_loss(card:GMVAECard,   # Settings
                model:GMVAE,      # The model it trains
               )->GMVAELoss:
@@ -105,7 +107,7 @@ def study_learner(card:GMVAECard, # Settings
     seed_everything(card.seed)
     names = {f'n_{f}': len(v) for f, v in data.vocabs.items()}
     model = GMVAE(n_mels=card.n_mels, channels=card.channels, hidden=card.hidden, latent=card.latent, mean_gain=card.mean_gain,
-                  class_from=card.class_from, pitch_classifier=card.pitch_classifier, **names)
+                  class_from=card.class_from, pitch_curve=card.pitch_curve, pitch_classifier=card.pitch_classifier, **names)
     augment = note_augment(data, card.max_shift, gain_db=card.gain_db, tilt_db=card.tilt_db, eq_db=card.eq_db)
     dls = note_dls(data, card.bs, card.seed, device, augment if card.max_shift or card.gain_db or card.tilt_db or card.eq_db else None)
     loss = study_loss(card, model)
@@ -113,6 +115,21 @@ def study_learner(card:GMVAECard, # Settings
     rise = combine_scheds([card.ramp, 1 - card.ramp], [SchedLin(1e-3*scale, scale), SchedNo(scale, scale)]) if card.ramp and scale else None
     return gmvae_learner(dls, model, loss, lr=card.lr, bf16=card.bf16, faithful=card.faithful, cbs=cbs,
                          monitor='lower_bound' if card.faithful else None, schedules=dict(adversary=rise) if rise else None)
+
+# %% ../../nbs/80_studies.gmvae.ipynb #ca05fd4c
+def _curve(data, every):
+    "Callback that probes the codes of held-out notes every few epochs."
+    from fastai.callback.core import Callback
+    class Curve(Callback):
+        order, run_valid = 70, False
+        def before_fit(self): self.rows = []
+        def after_epoch(self):
+            if (self.epoch + 1) % every and self.epoch + 1 < self.n_epoch: return
+            self.model.eval()
+            p = probe_study(self.model, data)
+            self.rows.append(dict(epoch=self.epoch + 1, **{k: v['acc'] for k, v in p.items() if '->' in k and 'baseline' not in k},
+                                  **{k: round(v, 4) for k, v in self.learn.parts.history['train'][-1].items()}))
+    return Curve()
 
 # %% ../../nbs/80_studies.gmvae.ipynb #a11b24e3
 def train_study(card:GMVAECard,  # Settings
@@ -129,48 +146,61 @@ def train_study(card:GMVAECard,  # Settings
     notes = dict(study='gmvae', settings=card.to_dict(), seconds=round(time.time() - began, 1), provenance=provenance(device))
     return Disentangler(data.feature, learn.model.cpu(), data.vocabs, notes), data, learn
 
-# %% ../../nbs/80_studies.gmvae.ipynb #a9d9bb26
+# %% ../../nbs/80_studies.gmvae.ipynb #c4616f2b
 def heard(feature,        # A log-mel feature
           x:torch.Tensor, # Its values, (b, f, n)
          )->torch.Tensor: # Log power over one range for every system, (b, f, n)
-    "What a judge hears: the same floor and scale whatever range a system was trained on."
-    return ((feature.power(x) + 1e-5).log() + 11.5) / 10 - 1
+    "What a judge hears: each note against its own loudest cell, down to 60 dB below it, -1 to 1."
+    p = feature.power(x)
+    peak = p.amax((1, 2), keepdim=True).clamp(min=1e-9)
+    return (p/peak + 1e-6).log()/6.9 + 1
 
-def study_judges(card:GMVAECard,    # Settings: which notes, how many bands
-                 data:NoteData,     # Their tensors
-                )->tuple:           # (factor -> Judge, factor -> accuracy on notes a twin had never seen)
-    "Judges that have heard every real note, and how good twins are that missed a tenth of them."
-    from disentangle_nb.evaluation.probes import load_judge, save_judge, train_judge
-    real = torch.from_numpy((data.table['shift'] == 0).to_numpy() | (data.table.split == 'train').to_numpy())
-    original = torch.from_numpy((data.table['shift'] == 0).to_numpy())
-    x = heard(data.feature, data.x[original])
-    out = torch.rand(len(x), generator=torch.Generator().manual_seed(0)) < .1
-    where, judges, score = cache_dir('judges'), {}, {}
-    for factor, y in (('timbre', data.timbre[original]), ('pitch', data.pitch[original])):
-        file = where/f'{content_key(x, y, factor)}.safetensors'
-        n = len(data.vocabs[factor])
-        blur = lambda b: b + .1*torch.randn(len(b), 1, 1) + .03*torch.randn(len(b), b.shape[1], 1)
+def varied(centres:torch.Tensor, # Centre frequencies of the bands, Hz, (f,); none leaves pitch alone
+          ):                     # Function from what judges hear, (b, f, n), to the same
+    "Random detuning by up to three semitones, softness, colour and grain, so that a judge learns the instrument and not its recordings."
+    def vary(x):
+        b, f, _ = x.shape
+        if centres is not None: x = shift_bands(x, 6*torch.rand(b) - 3, centres)
+        soft = F.avg_pool1d(F.pad(x.mT.flatten(0, 1)[:, None], (2, 2), mode='replicate'), 5, 1).view(b, -1, f).mT
+        return torch.lerp(x, soft, .7*torch.rand(b, 1, 1)) + .03*torch.rand(b, 1, 1)*(torch.randn(b, f, 1) + torch.randn_like(x))
+    return vary
+
+def _judge(x, y, n, vary):
+    from disentangle_nb.evaluation.probes import train_judge
+    return train_judge(x, y, n, epochs=30, augment=vary)
+
+def study_judges(card:GMVAECard, # Settings: which notes, how many bands
+                )->tuple:        # (factor -> Judge, factor -> accuracy of twins on notes they missed)
+    "Judges that have heard every real note, and how good twins are that missed the held-out ones."
+    from disentangle_nb.evaluation.probes import load_judge, save_judge
+    table, feature = study_table(card), LogMel(n_mels=card.n_mels, floor_db=-90.)
+    data = note_data(table, feature, fit_range=True)
+    x = heard(feature, data.x)
+    out, centres = data.mask('valid'), band_centres(feature)
+    judges, score = {}, {}
+    for factor in data.vocabs:
+        y, n = getattr(data, factor), len(data.vocabs[factor])
+        vary = varied(centres) if factor == 'timbre' else varied(None)
+        file = cache_dir('judges')/f'{content_key(x, y, 4)}.safetensors'
         if not file.exists():
-            save_judge(train_judge(x, y, n, epochs=30, augment=blur), file)
-            twin = train_judge(x[~out], y[~out], n, epochs=30, augment=blur)
+            twin = _judge(x[~out], y[~out], n, vary)
             write_json(file.with_suffix('.json'), dict(acc=float((twin.predict(x[out]) == y[out]).float().mean())))
-        judges[factor] = load_judge(file)
-        from disentangle_nb.core import read_json
-        score[factor] = read_json(file.with_suffix('.json'))['acc']
+            save_judge(_judge(x, y, n, vary), file)
+        judges[factor], score[factor] = load_judge(file), read_json(file.with_suffix('.json'))['acc']
     return judges, score
 
-# %% ../../nbs/80_studies.gmvae.ipynb #98418fdc
-def _codes(system, x, bs=256):
+# %% ../../nbs/80_studies.gmvae.ipynb #231d2257
+def _codes(model, x, bs=256):
     "Codes of features, batch by batch."
-    with torch.no_grad(): out = [system.model.encode(c) for c in x.split(bs)]
-    return {f: torch.cat([o[f] for o in out]) for f in system.factors}
+    with torch.no_grad(): out = [model.encode(c) for c in x.split(bs)]
+    return {f: torch.cat([o[f] for o in out]) for f in model.factors}
 
-def _made(system, bs=256, **codes):
+def _made(model, bs=256, **codes):
     "Features of codes, batch by batch."
-    with torch.no_grad(): return torch.cat([system.model.decode(*c) for c in zip(*(v.split(bs) for v in codes.values()))])
+    with torch.no_grad(): return torch.cat([model.decode(*c) for c in zip(*(v.split(bs) for v in codes.values()))])
 
-# %% ../../nbs/80_studies.gmvae.ipynb #f8381e8f
-def probe_study(system,         # Trained
+# %% ../../nbs/80_studies.gmvae.ipynb #b9e2ddee
+def probe_study(model,          # Trained
                 data:NoteData,  # Its notes
                )->dict:         # Rows of the probe table by 'code->target', floors, and the baseline
     "What the codes of held-out notes tell, beside what a trivial description tells."
@@ -178,26 +208,26 @@ def probe_study(system,         # Trained
     tr = part(data, ((data.table['shift'] == 0) & (data.table.split == 'train')).to_numpy())
     va = part(data, 'valid')
     labels = [dict(timbre=d.timbre, pitch=d.pitch) for d in (tr, va)]
-    ztr, zva = _codes(system, tr.x), _codes(system, va.x)
+    ztr, zva = _codes(model, tr.x), _codes(model, va.x)
     rows = probe_table(ztr, labels[0], zva, labels[1])
     out = {f'{r.code}->{r.target}': dict(acc=r.acc, lo=r.lo, hi=r.hi, floor=r.floor) for r in rows.itertuples()}
     base = [mel_stats(heard(data.feature, d.x)) for d in (tr, va)]
     for f in labels[0]:
         out[f'baseline->{f}'] = linear_probe(base[0], labels[0][f], base[1], labels[1][f])
         if f not in zva: continue
-        near = system.model.nearest(f, zva[f]).argmax(1)
+        near = model.nearest(f, zva[f]).argmax(1)
         out[f'nearest {f}'] = dict(acc=float((near == labels[1][f]).float().mean()))
         if f == 'timbre': out['clusters'] = dict(hungarian=cluster_accuracy(near, labels[1][f]), nmi=nmi(near, labels[1][f]))
         out[f'active {f}'] = active_units(zva[f])
     return out
 
-# %% ../../nbs/80_studies.gmvae.ipynb #0206ec86
+# %% ../../nbs/80_studies.gmvae.ipynb #0127d9cc
 def _judged(judges, feature, x, timbre=None, pitch=None):
     "Share of features that the judges take for what they should be."
     h = heard(feature, x)
     return {f: float((judges[f].predict(h) == y).float().mean()) for f, y in (('timbre', timbre), ('pitch', pitch)) if y is not None}
 
-def component_study(system,        # Trained
+def component_study(model,         # Trained
                     data:NoteData, # Its notes
                     judges:dict,   # factor -> Judge
                     draws:int=10,  # Draws of each pair for w > 0
@@ -211,12 +241,12 @@ def component_study(system,        # Trained
         for w in (0., .5, 1.):
             t, p = pairs.repeat(1, draws if w else 1)
             if len(t) > 3000: t, p = t[::len(t)//1500], p[::len(p)//1500]
-            x = _made(system, timbre=system.model.sample('timbre', t, w, g), pitch=system.model.sample('pitch', p, w, g))
+            x = _made(model, timbre=model.sample('timbre', t, w, g), pitch=model.sample('pitch', p, w, g))
             out[name][str(w)] = _judged(judges, data.feature, x, t, p)
     return out
 
-# %% ../../nbs/80_studies.gmvae.ipynb #871323a5
-def transfer_study(system,        # Trained
+# %% ../../nbs/80_studies.gmvae.ipynb #12a2931a
+def transfer_study(model,         # Trained
                    data:NoteData, # Its notes
                    judges:dict,   # factor -> Judge
                    alphas=(0., .25, .5, .75, 1.), # How far to go
@@ -227,19 +257,19 @@ def transfer_study(system,        # Trained
     reach = {n: g.midi.agg(['min', 'max']) for n, g in data.table[data.table['shift'] == 0].groupby('instrument')}
     lo, hi = (torch.tensor([reach[n][k] for n in names]) for k in ('min', 'max'))
     i, k = ((midi[:, None] >= lo) & (midi[:, None] <= hi) & (torch.arange(len(names)) != va.timbre[:, None])).nonzero().T
-    z, out = _codes(system, va.x), {}
-    own = system.model.nearest('timbre', z['timbre']).argmax(1)
-    step = system.model.component('timbre', k) - system.model.component('timbre', own[i])
+    z, out = _codes(model, va.x), {}
+    own = model.nearest('timbre', z['timbre']).argmax(1)
+    step = model.component('timbre', k) - model.component('timbre', own[i])
     for alpha in alphas:
-        h = heard(data.feature, _made(system, timbre=z['timbre'][i] + alpha*step, pitch=z['pitch'][i]))
+        h = heard(data.feature, _made(model, timbre=z['timbre'][i] + alpha*step, pitch=z['pitch'][i]))
         post = judges['timbre'].posterior(h)
         out[str(alpha)] = dict(target=float(post[torch.arange(len(k)), k].mean()), judged=float((post.argmax(1) == k).float().mean()),
                                source=float(post[torch.arange(len(k)), va.timbre[i]].mean()),
                                pitch_kept=float((judges['pitch'].predict(h) == va.pitch[i]).float().mean()), n=len(k))
     return out
 
-# %% ../../nbs/80_studies.gmvae.ipynb #9fce679c
-def pitch_study(system,        # Trained
+# %% ../../nbs/80_studies.gmvae.ipynb #f5601e03
+def pitch_study(model,         # Trained
                 data:NoteData, # Its notes
                 most:int=160,  # Combinations to decode to sound
                 n_iter:int=48, # Iterations of the phase search
@@ -252,24 +282,24 @@ def pitch_study(system,        # Trained
     same = (tr.timbre[None] == va.timbre[rows, None])
     far = (tr.pitch[None] - va.pitch[rows, None]).abs().float()
     src = (far - 5).abs().masked_fill(~same, 1e3).argmin(1)  # a fourth away
-    z = _codes(system, tr.x[src])
-    own = system.model.nearest('pitch', z['pitch']).argmax(1)
-    moved = z['pitch'] + system.model.component('pitch', va.pitch[rows]) - system.model.component('pitch', own)
+    z = _codes(model, tr.x[src])
+    own = model.nearest('pitch', z['pitch']).argmax(1)
+    moved = z['pitch'] + model.component('pitch', va.pitch[rows]) - model.component('pitch', own)
     want = midi_to_hz(torch.tensor(data.vocabs['pitch'])[va.pitch[rows]].float())
     out = {}
-    for name, x in (('edited', _made(system, timbre=z['timbre'], pitch=moved)), ('copy-synthesis', va.x[rows])):
+    for name, x in (('edited', _made(model, timbre=z['timbre'], pitch=moved)), ('copy-synthesis', va.x[rows])):
         wav = torch.cat([data.feature.decode(c, n_iter=n_iter) for c in x.split(32)])
         cents = cents_between(note_f0(wav, data.feature.sr), want).abs().nan_to_num(9999.)
         acc, lo, hi = bootstrap((cents <= 50).float().numpy())
         out[name] = dict(within_50=acc, lo=lo, hi=hi, median_cents=float(cents.median()), n=len(cents))
     return out
 
-# %% ../../nbs/80_studies.gmvae.ipynb #23a2cd40
-def recon_study(system, data:NoteData)->dict:
+# %% ../../nbs/80_studies.gmvae.ipynb #5a4bfece
+def recon_study(model,  data:NoteData)->dict:
     "Reconstruction of held-out notes, beside a constant."
     va = part(data, 'valid')
-    x = _made(system, **_codes(system, va.x))
-    db = 10/math.log(10)*10
+    x = _made(model, **_codes(model, va.x))
+    db = 10/math.log(10)*6.9
     a, b = heard(data.feature, x), heard(data.feature, va.x)
     return dict(R=float((x - va.x).square().sum((1, 2)).mean()), R_constant=float((va.x - data.x.mean()).square().sum((1, 2)).mean()),
                 rmse_db=float((a - b).square().mean().sqrt()*db))
@@ -280,8 +310,27 @@ def evaluate_study(system,         # Trained
                    sound:bool=True,# Also decode to audio and measure f0
                   )->dict:         # All numbers of the study
     "The whole protocol on one system."
-    judges, score = judges or study_judges(None, data)
-    out = dict(judges=score, probes=probe_study(system, data), components=component_study(system, data, judges),
-               transfer=transfer_study(system, data, judges), recon=recon_study(system, data))
-    if sound: out['pitch_edit'] = pitch_study(system, data)
+    m = system.model
+    judges, score = judges or study_judges(GMVAECard.from_dict(system.card['settings']))
+    out = dict(judges=score, probes=probe_study(m, data), components=component_study(m, data, judges),
+               transfer=transfer_study(m, data, judges), recon=recon_study(m, data))
+    if sound: out['pitch_edit'] = pitch_study(m, data)
     return out
+
+# %% ../../nbs/80_studies.gmvae.ipynb #ff4f0e3a
+def run_study(card:GMVAECard,  # Settings
+              out=None,        # Folder for the system and `result.json`; nothing is written when not given
+              device='auto',   # Where to train
+              judges=None,     # From `study_judges`
+              every:int=10,    # Epochs between points of the leak curve
+              cbs=()):         # More callbacks
+    "Train, evaluate, and keep both with the card that made them; returns the system and its numbers."
+    data = study_data(card)
+    curve = _curve(data, every)
+    system, data, learn = train_study(card, device, data, [curve, *cbs])
+    result = dict(card=card.to_dict(), **evaluate_study(system, data, judges), curve=curve.rows,
+                  seconds=system.card['seconds'], provenance=system.card['provenance'])
+    if out:
+        system.save(Path(out)/'system', dtype=torch.float16)
+        write_json(Path(out)/'result.json', result)
+    return system, result
