@@ -23,7 +23,7 @@ from ..models.gmvae import GMVAE
 from ..models.system import Disentangler
 from ..training.adversarial import Adversaries
 
-# %% ../../nbs/80_studies.gmvae.ipynb #24120423
+# %% ../../nbs/80_studies.gmvae.ipynb #6195acc1
 @dataclass(frozen=True)
 class GMVAECard(RunCard):
     "Everything that decides the outcome of a GMVAE run."
@@ -48,7 +48,7 @@ class GMVAECard(RunCard):
     pitch_classifier:bool = True      # Linear classifier on the pitch code
     weights:dict[str, float] = None   # Weights of the objective that differ from `GMVAELoss`'s defaults
     faithful:bool = True              # The published code's evaluation and selection
-    epochs:int = 100                  # Passes over the training notes
+    epochs:int = 60                   # Passes over the training notes
     bs:int = 128                      # Notes a step
     lr:float = 3e-4                   # Peak step size
     one_cycle:bool = True             # One-cycle schedule; constant step size otherwise
@@ -56,13 +56,13 @@ class GMVAECard(RunCard):
     bf16:bool = True                  # bfloat16 products where the device has them
     seed:int = 0                      # Weights, order, noise
 
-# %% ../../nbs/80_studies.gmvae.ipynb #9f69c332
+# %% ../../nbs/80_studies.gmvae.ipynb #18a488d0
 profiles = dict(quick=dict(channels=32, hidden=64, n_mels=80, epochs=4, lr=2e-3, bf16=False),
-                demo=dict(channels=128, hidden=256, epochs=9, lr=2e-3, velocities=(60, 110)),
+                demo=dict(channels=128, hidden=256, epochs=9, lr=3e-3, velocities=(60, 110)),
                 cpu=dict(), paper=dict(epochs=600, bf16=False))
 recipes = dict(faithful=dict(),
-               ours=dict(faithful=False, floor_db=-90., mean_gain=6., class_from='mean', shifts=(-2, -1, 1, 2), epochs=24, lr=1e-3,
-                         weights=dict(true_component=1., component_recon=.5, adversary=20.), ramp=.5))
+               ours=dict(faithful=False, floor_db=-80., mean_gain=6., pitch_curve=True, class_from='mean', shifts=(-2, -1, 1, 2), epochs=12,
+                         lr=2.5e-3, weights=dict(true_component=1., component_recon=.5, adversary=20.), ramp=.5))
 
 def gmvae_card(recipe:str='ours',   # 'ours', or 'faithful': the paper's objective and features
                profile:str='cpu',   # 'quick' (seconds), 'demo' (minutes), 'cpu' (the recorded runs), 'paper' (a GPU)
