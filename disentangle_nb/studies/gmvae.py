@@ -56,9 +56,9 @@ class GMVAECard(RunCard):
     bf16:bool = True                  # bfloat16 products where the device has them
     seed:int = 0                      # Weights, order, noise
 
-# %% ../../nbs/80_studies.gmvae.ipynb #18a488d0
+# %% ../../nbs/80_studies.gmvae.ipynb #f9298867
 profiles = dict(quick=dict(channels=32, hidden=64, n_mels=80, epochs=4, lr=2e-3, bf16=False),
-                demo=dict(channels=128, hidden=256, epochs=9, lr=3e-3, velocities=(60, 110)),
+                demo=dict(channels=112, hidden=128, epochs=30, lr=3e-3),
                 cpu=dict(), paper=dict(epochs=600, bf16=False))
 recipes = dict(faithful=dict(),
                ours=dict(faithful=False, floor_db=-80., mean_gain=6., pitch_curve=True, class_from='mean', shifts=(-2, -1, 1, 2), epochs=12,
