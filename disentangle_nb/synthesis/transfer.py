@@ -6,8 +6,8 @@
 __all__ = ['drawn_out', 'synthesise', 'EditError', 'asked', 'check_edit', 'edited', 'spans', 'joined', 'transfer', 'interpolate',
            'strip', 'write_pieces', 'transfer_file']
 
-# %% ../../nbs/70_synthesis.transfer.ipynb #437af849
-import math, tempfile
+# %% ../../nbs/70_synthesis.transfer.ipynb #cbe0e06d
+import contextlib, math, tempfile
 from pathlib import Path
 import torch
 from ..core import atomic_path, make_generator, progress
@@ -168,7 +168,7 @@ def strip(clips:torch.Tensor,  # (b, t)
     env[:fade], env[k - fade:] = torch.linspace(0, 1, fade), torch.linspace(1, 0, fade)
     return torch.nn.functional.pad(clips * env, (0, round(gap * sr))).flatten()
 
-# %% ../../nbs/70_synthesis.transfer.ipynb #392e5143
+# %% ../../nbs/70_synthesis.transfer.ipynb #57cd00bd
 def _suffix(path):
     "Format of a path by its suffix, or an `AudioError`."
     import soundfile as sf
@@ -176,6 +176,16 @@ def _suffix(path):
     if name not in sf.available_formats() or name == 'RAW':
         raise AudioError(f"suffix {path.suffix!r} names no format; use .wav, .flac, .ogg, .mp3 or .aiff", path)
     return name
+
+@contextlib.contextmanager
+def _no_trace(folder):
+    "Remove, after a failure, the folders that were made on the way to `folder`."
+    made = [p for p in (folder, *folder.parents) if not p.exists()]
+    try: yield
+    except BaseException:
+        for p in made:
+            with contextlib.suppress(OSError): p.rmdir()
+        raise
 
 def write_pieces(path,      # File to write; the suffix chooses the format
                  pieces,    # Clips (c, t) that follow each other; computed one by one
@@ -186,7 +196,7 @@ def write_pieces(path,      # File to write; the suffix chooses the format
     import numpy as np, soundfile as sf
     path, peak = Path(path), 1.
     form = _suffix(path)
-    with atomic_path(path) as aside, tempfile.TemporaryFile() as spool:
+    with _no_trace(path.parent), atomic_path(path) as aside, tempfile.TemporaryFile() as spool:
         aside.touch()
         for piece in pieces:
             peak = max(peak, piece.abs().max().item())
