@@ -23,11 +23,19 @@ from fastcore.imports import IN_NOTEBOOK
 from ..models.gmvae import GMVAE
 from ..losses.elbo import GMVAELoss
 
-# %% ../../nbs/50_training.learner.ipynb #40b2663b
+# %% ../../nbs/50_training.learner.ipynb #4a4dd036
 class Parts(Callback):
     "Averages the loss's named parts over each epoch on the device; one transfer an epoch."
     order, run_valid = 45, True
     def __init__(self): self.history = {'train': [], 'valid': []}
+
+    def before_fit(self):
+        finding = hasattr(self.learn, 'lr_finder') and isinstance(self.loss_func, nn.Module)  # what it tries must leave no trace in the heads
+        self.aside = {k: v.clone() for k, v in self.loss_func.state_dict().items()} if finding else None
+
+    def after_fit(self):
+        if self.aside: self.loss_func.load_state_dict(self.aside)
+
     def before_train(self): self._start(True)
     def before_validate(self): self._start(False)
 
