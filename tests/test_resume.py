@@ -1,6 +1,5 @@
 "Kill a training process at a random step, resume it, and compare every bit with an unbroken run."
-import json, os, random, resource, signal, subprocess, sys
-from pathlib import Path
+import os, random, resource, signal, subprocess, sys
 import pytest, torch
 
 SCRIPT = '''

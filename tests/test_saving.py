@@ -1,5 +1,5 @@
 "A saved system comes back exactly, and nothing else is ever taken for one."
-import json, os, pickle, shutil, stat, struct
+import json, os, pickle, stat, struct
 import pytest, torch
 from disentangle_nb.features.mel import LogMel
 from disentangle_nb.models.gmvae import GMVAE

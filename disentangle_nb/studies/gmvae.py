@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['profiles', 'recipes', 'GMVAECard', 'gmvae_card', 'study_table', 'study_data', 'study_loss', 'study_learner',
            'train_study', 'heard', 'varied', 'study_judges', 'probe_study', 'component_study', 'transfer_study',
-           'pitch_study', 'recon_study', 'evaluate_study', 'run_study']
+           'pitch_study', 'swap_study', 'recon_study', 'evaluate_study', 'run_study', 'study_results', 'number',
+           'spread']
 
-# %% ../../nbs/80_studies.gmvae.ipynb #9deda4a8
+# %% ../../nbs/80_studies.gmvae.ipynb #90245733
 import math, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 import numpy as np, torch
 from torch.nn import functional as F
-from ..core import RunCard, cache_dir, content_key, pick_device, progress, provenance, read_json, seed_everything, write_json
+from ..core import RunCard, cache_dir, content_key, pick_device, provenance, read_json, repo_root, seed_everything, write_json
 from ..data.batches import NoteData, band_centres, note_augment, note_data, note_dls, part, shift_bands
-from ..data.notes import ORCHESTRA, orchestra_table, read_table, split_cells, split_pitches, split_random, split_reference, split_zones
+from ..data.notes import load_clips, orchestra_table, read_table, split_cells, split_pitches, split_random, split_reference, split_zones
 from ..features.mel import LogMel
 from ..losses.elbo import GMVAELoss
 from ..models.gmvae import GMVAE
@@ -89,7 +90,7 @@ def study_data(card:GMVAECard, # Settings
     feature = LogMel(n_mels=card.n_mels, floor_db=card.floor_db)
     return note_data(study_table(card), feature, label_portion=card.label_portion, shifts=card.shifts, fit_range=True)
 
-# %% ../../nbs/80_studies.gmvae.ipynb #fafa4f59
+# %% ../../nbs/80_studies.gmvae.ipynb #83cd24d7
 def study_loss(card:GMVAECard,   # Settings
                model:GMVAE,      # The model it trains
               )->GMVAELoss:
@@ -97,6 +98,7 @@ def study_loss(card:GMVAECard,   # Settings
     weights = card.weights or {}
     return GMVAELoss(heads=Adversaries.of(model) if weights.get('adversary') else None, faithful=card.faithful, **weights)
 
+# %% ../../nbs/80_studies.gmvae.ipynb #c2b05fd0
 def study_learner(card:GMVAECard, # Settings
                   data:NoteData,  # Notes
                   device='cpu',   # Where to train
@@ -294,7 +296,28 @@ def pitch_study(model,         # Trained
         out[name] = dict(within_50=acc, lo=lo, hi=hi, median_cents=float(cents.median()), n=len(cents))
     return out
 
-# %% ../../nbs/80_studies.gmvae.ipynb #5a4bfece
+# %% ../../nbs/80_studies.gmvae.ipynb #52d47540
+class _Ear:
+    "A judge that is handed a system's own feature and hears it as every judge does."
+    def __init__(self, judge, feature): self.judge, self.feature, self.classes = judge, feature, None
+    def predict(self, x): return self.judge.predict(heard(self.feature, x[..., :43]))
+    def posterior(self, x): return self.judge.posterior(heard(self.feature, x[..., :43]))
+
+def swap_study(system,        # Trained
+               data:NoteData, # Its notes
+               judges:dict,   # factor -> Judge
+               most:int=80,   # Held-out notes to edit
+               n_iter:int=32, # Iterations of the phase search
+              )->list:        # Rows of `swap_summary`
+    "The swap test on held-out notes: decoded to audio, beside copy-synthesis and the model without an edit."
+    from disentangle_nb.evaluation.swap import swap_summary, swap_test
+    va = part(data, 'valid')
+    table = part(va, list(range(0, len(va), max(1, len(va)//most)))).table
+    cells = data.table[data.table['shift'] == 0]
+    df = swap_test(system, load_clips(table, system.sr), table, ['timbre', 'pitch'], {f: _Ear(j, system.feature) for f, j in judges.items()}, cells=cells, n_iter=n_iter)
+    return swap_summary(df).round(4).to_dict('records')
+
+# %% ../../nbs/80_studies.gmvae.ipynb #38066c6e
 def recon_study(model,  data:NoteData)->dict:
     "Reconstruction of held-out notes, beside a constant."
     va = part(data, 'valid')
@@ -304,6 +327,7 @@ def recon_study(model,  data:NoteData)->dict:
     return dict(R=float((x - va.x).square().sum((1, 2)).mean()), R_constant=float((va.x - data.x.mean()).square().sum((1, 2)).mean()),
                 rmse_db=float((a - b).square().mean().sqrt()*db))
 
+# %% ../../nbs/80_studies.gmvae.ipynb #388a6c04
 def evaluate_study(system,         # Trained
                    data:NoteData,  # Its notes
                    judges=None,    # From `study_judges`; trained (once, then kept) if not given
@@ -314,7 +338,7 @@ def evaluate_study(system,         # Trained
     judges, score = judges or study_judges(GMVAECard.from_dict(system.card['settings']))
     out = dict(judges=score, probes=probe_study(m, data), components=component_study(m, data, judges),
                transfer=transfer_study(m, data, judges), recon=recon_study(m, data))
-    if sound: out['pitch_edit'] = pitch_study(m, data)
+    if sound: out.update(pitch_edit=pitch_study(m, data), swap=swap_study(system, data, judges))
     return out
 
 # %% ../../nbs/80_studies.gmvae.ipynb #ff4f0e3a
@@ -334,3 +358,26 @@ def run_study(card:GMVAECard,  # Settings
         system.save(Path(out)/'system', dtype=torch.float16)
         write_json(Path(out)/'result.json', result)
     return system, result
+
+# %% ../../nbs/80_studies.gmvae.ipynb #017b3045
+def study_results(pattern:str='*',   # Such as 'ours-cells-*'
+                  folder=None,       # Where results lie; those that ship if not given
+                 )->dict:            # File stem -> result
+    "Recorded runs, by name."
+    folder = Path(folder or repo_root()/'data'/'results'/'gmvae')
+    return {f.stem: read_json(f) for f in sorted(folder.glob(f'{pattern}.json'))}
+
+def number(result:dict, # One result
+           path:str,    # Keys joined by '/', such as 'probes/timbre->pitch/acc'
+          )->float:
+    "One number out of a result."
+    for k in path.split('/'): result = result[k]
+    return result
+
+def spread(runs:dict,  # Results by name
+           path:str,   # See `number`
+          )->str:      # 'mean [lowest, highest]' over the runs; empty when there are none
+    "A number over seeds."
+    v = [number(r, path) for r in runs.values()]
+    if not v: return ''
+    return f'{np.mean(v):.3f}' + (f' [{min(v):.3f}, {max(v):.3f}]' if len(v) > 1 else '')
