@@ -141,7 +141,7 @@ def encode_clips(feature,             # A feature: `encode(wav) -> x`
         raise ValueError(f"clips of {n} samples give {x.shape[-1]} frames; expected {frames}. Use longer clips (dur) or fewer frames")
     return x
 
-# %% ../../nbs/12a_data.batches.ipynb #aa8e320c
+# %% ../../nbs/12a_data.batches.ipynb #3c14bbc1
 def _copies(wav, rows, each):
     "`each(clips, semitones)` for every interval, put back in the order of `rows`."
     out = None
@@ -154,7 +154,7 @@ def _copies(wav, rows, each):
 def _note_features(table, feature, sr, dur, frames, shifts, cache, rms_db, max_bad, fit_range, keep_wav):
     "Features, table and clips, shifted copies included."
     if (table.source == 'gmvae').all():
-        if shifts: raise ValueError("shifts need sound; the GMVAE release has features only")
+        if shifts: raise TableError(f"shifts need sound and the GMVAE release has features only; got shifts={shifts}, leave them empty")
         return release_features(table)[..., :frames], table.reset_index(drop=True).assign(shift=0), None
     if feature is None: raise ValueError("these notes are sound; give a feature, e.g. LogMel()")
     if sr != feature.sr: raise ValueError(f"the feature works at {feature.sr} Hz and the clips were asked for at {sr} Hz; leave sr out")

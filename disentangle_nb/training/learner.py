@@ -124,7 +124,7 @@ class NaNGuard(Callback):
                 + f". Last good checkpoint: {last or 'none was written'}. Lower the learning rate or resume from it")
         self.seen = []
 
-# %% ../../nbs/50_training.learner.ipynb #c155716f
+# %% ../../nbs/50_training.learner.ipynb #0139e800
 class KeepBest(Callback):
     "Remembers the weights of the best epoch, stops after `patience` epochs without a better one, and puts them back at the end."
     order, run_valid = 55, True
@@ -143,7 +143,7 @@ class KeepBest(Callback):
 
     def after_epoch(self):
         value = float(self.recorder.values[-1][list(self.recorder.metric_names[1:]).index(self.monitor)])
-        if self.best is None or (value > self.best if self.larger else value < self.best): self.take(value)
+        if self.best is None or math.isnan(self.best) or (value > self.best if self.larger else value < self.best): self.take(value)
         elif self.patience and self.epoch - self.best_epoch >= self.patience: raise CancelFitException()
 
     def take(self, value):
