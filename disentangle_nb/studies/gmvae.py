@@ -8,8 +8,8 @@ __all__ = ['profiles', 'recipes', 'GMVAECard', 'gmvae_card', 'study_table', 'stu
            'pitch_study', 'swap_study', 'recon_study', 'evaluate_study', 'run_study', 'study_results', 'number',
            'spread']
 
-# %% ../../nbs/80_studies.gmvae.ipynb #90245733
-import math, time
+# %% ../../nbs/80_studies.gmvae.ipynb #a0414e07
+import copy, math, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,7 +24,7 @@ from ..models.gmvae import GMVAE
 from ..models.system import Disentangler
 from ..training.adversarial import Adversaries
 
-# %% ../../nbs/80_studies.gmvae.ipynb #6195acc1
+# %% ../../nbs/80_studies.gmvae.ipynb #19a0e5fa
 @dataclass(frozen=True)
 class GMVAECard(RunCard):
     "Everything that decides the outcome of a GMVAE run."
@@ -47,7 +47,7 @@ class GMVAECard(RunCard):
     pitch_curve:bool = False          # Pitch components start on circles, neighbours together, instead of at random
     class_from:Literal['sample', 'mean'] = 'sample'  # Where the class posterior is read
     pitch_classifier:bool = True      # Linear classifier on the pitch code
-    weights:dict[str, float] = None   # Weights of the objective that differ from `GMVAELoss`'s defaults
+    weights:dict[str, float] | None = None  # Weights of the objective that differ from `GMVAELoss`'s defaults
     faithful:bool = True              # The published code's evaluation and selection
     epochs:int = 60                   # Passes over the training notes
     bs:int = 128                      # Notes a step
@@ -74,7 +74,7 @@ def gmvae_card(recipe:str='ours',   # 'ours', or 'faithful': the paper's objecti
         if given not in known: raise ValueError(f"no {what} {given!r}; there is {', '.join(known)}")
     return GMVAECard.from_dict({**recipes[recipe], **profiles[profile], **changes})
 
-# %% ../../nbs/80_studies.gmvae.ipynb #7cefa567
+# %% ../../nbs/80_studies.gmvae.ipynb #191993e4
 def study_table(card:GMVAECard, # Settings
                ):               # Table with `split`
     "The notes a card asks for, divided as it says."
@@ -88,7 +88,7 @@ def study_data(card:GMVAECard, # Settings
               )->NoteData:     # Features and labels, shifted copies included
     "Tensors for a card; the range of the log-mel comes from its training notes."
     feature = LogMel(n_mels=card.n_mels, floor_db=card.floor_db)
-    return note_data(study_table(card), feature, label_portion=card.label_portion, shifts=card.shifts, fit_range=True)
+    return note_data(study_table(card), feature, label_portion=card.label_portion, seed=card.seed, shifts=card.shifts, fit_range=True)
 
 # %% ../../nbs/80_studies.gmvae.ipynb #83cd24d7
 def study_loss(card:GMVAECard,   # Settings
@@ -98,7 +98,7 @@ def study_loss(card:GMVAECard,   # Settings
     weights = card.weights or {}
     return GMVAELoss(heads=Adversaries.of(model) if weights.get('adversary') else None, faithful=card.faithful, **weights)
 
-# %% ../../nbs/80_studies.gmvae.ipynb #c2b05fd0
+# %% ../../nbs/80_studies.gmvae.ipynb #b72e9faa
 def study_learner(card:GMVAECard, # Settings
                   data:NoteData,  # Notes
                   device='cpu',   # Where to train
@@ -108,7 +108,7 @@ def study_learner(card:GMVAECard, # Settings
     from disentangle_nb.training.learner import gmvae_learner
     seed_everything(card.seed)
     names = {f'n_{f}': len(v) for f, v in data.vocabs.items()}
-    model = GMVAE(n_mels=card.n_mels, channels=card.channels, hidden=card.hidden, latent=card.latent, mean_gain=card.mean_gain,
+    model = GMVAE(n_mels=data.x.shape[1], n_frames=data.x.shape[2], channels=card.channels, hidden=card.hidden, latent=card.latent, mean_gain=card.mean_gain,
                   class_from=card.class_from, pitch_curve=card.pitch_curve, pitch_classifier=card.pitch_classifier, **names)
     augment = note_augment(data, card.max_shift, gain_db=card.gain_db, tilt_db=card.tilt_db, eq_db=card.eq_db)
     dls = note_dls(data, card.bs, card.seed, device, augment if card.max_shift or card.gain_db or card.tilt_db or card.eq_db else None)
@@ -118,7 +118,7 @@ def study_learner(card:GMVAECard, # Settings
     return gmvae_learner(dls, model, loss, lr=card.lr, bf16=card.bf16, faithful=card.faithful, cbs=cbs,
                          monitor='lower_bound' if card.faithful else None, schedules=dict(adversary=rise) if rise else None)
 
-# %% ../../nbs/80_studies.gmvae.ipynb #ca05fd4c
+# %% ../../nbs/80_studies.gmvae.ipynb #b9f21fdb
 def _curve(data, every):
     "Callback that probes the codes of held-out notes every few epochs."
     from fastai.callback.core import Callback
@@ -127,8 +127,7 @@ def _curve(data, every):
         def before_fit(self): self.rows = []
         def after_epoch(self):
             if (self.epoch + 1) % every and self.epoch + 1 < self.n_epoch: return
-            self.model.eval()
-            p = probe_study(self.model, data)
+            p = probe_study(copy.deepcopy(self.model).cpu().eval(), data)
             self.rows.append(dict(epoch=self.epoch + 1, **{k: v['acc'] for k, v in p.items() if '->' in k and 'baseline' not in k},
                                   **{k: round(v, 4) for k, v in self.learn.parts.history['train'][-1].items()}))
     return Curve()
@@ -148,7 +147,7 @@ def train_study(card:GMVAECard,  # Settings
     notes = dict(study='gmvae', settings=card.to_dict(), seconds=round(time.time() - began, 1), provenance=provenance(device))
     return Disentangler(data.feature, learn.model.cpu(), data.vocabs, notes), data, learn
 
-# %% ../../nbs/80_studies.gmvae.ipynb #c4616f2b
+# %% ../../nbs/80_studies.gmvae.ipynb #1c910e71
 def heard(feature,        # A log-mel feature
           x:torch.Tensor, # Its values, (b, f, n)
          )->torch.Tensor: # Log power over one range for every system, (b, f, n)
@@ -183,7 +182,7 @@ def study_judges(card:GMVAECard, # Settings: which notes, how many bands
     for factor in data.vocabs:
         y, n = getattr(data, factor), len(data.vocabs[factor])
         vary = varied(centres) if factor == 'timbre' else varied(None)
-        file = cache_dir('judges')/f'{content_key(x, y, 4)}.safetensors'
+        file = cache_dir('judges')/f'{content_key(x, y, out, 4)}.safetensors'
         if not file.exists():
             twin = _judge(x[~out], y[~out], n, vary)
             write_json(file.with_suffix('.json'), dict(acc=float((twin.predict(x[out]) == y[out]).float().mean())))
