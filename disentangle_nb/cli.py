@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FORMAT', 'OWN', 'SMALL', 'STUDIES', 'PLANNED', 'UserError', 'told', 'command', 'Parser', 'find_run', 'claim',
            'settle', 'check_card', 'make_card', 'probe_rows', 'swap_rows', 'board', 'median_count', 'too_few',
-           'measure', 'progress_lines', 'check_study', 'train_parser', 'read_notes', 'load_notes', 'only_known',
-           'train', 'open_run', 'eval_parser', 'evaluate', 'transfer_parser', 'transfer', 'demo_edits', 'demo_figures',
-           'demo_files', 'find_demo', 'demo']
+           'plain_baseline', 'measure', 'progress_lines', 'check_study', 'train_parser', 'read_notes', 'load_notes',
+           'only_known', 'train', 'open_run', 'eval_parser', 'evaluate', 'transfer_parser', 'transfer', 'demo_edits',
+           'demo_figures', 'demo_files', 'find_demo', 'demo']
 
 # %% ../nbs/90_cli.ipynb #e6fcf4fe
 import argparse, contextlib, csv, difflib, io, math, os, re, shutil, sys, tempfile, time, warnings
@@ -125,7 +125,7 @@ def make_card(args,       # `recipe`, `profile`, `seed`, `data`, `set`
     check_card(card)
     return card
 
-# %% ../nbs/90_cli.ipynb #2b48952b
+# %% ../nbs/90_cli.ipynb #87b7c888
 def _row(label, d, key='acc', beside=''):
     "One line of the scoreboard, or none."
     if not isinstance(d, dict) or d.get(key) is None: return []
@@ -138,7 +138,7 @@ def probe_rows(p:dict)->list:
     for code in names:
         for factor, name in names.items():
             d = p.get(f'{code}->{factor}')
-            base = p.get(f'baseline->{factor}')
+            base = p.get(f'baseline64->{factor}') or p.get(f'baseline->{factor}')
             beside = f"logistic regression on mel statistics {base['acc']:.2f}" if code == factor and base else ''
             if code != factor and isinstance(d, dict): beside = f"leak; by guessing {d.get('floor', math.nan):.2f}"
             out += _row(f'{code} code -> {name}', d, beside=beside)
@@ -169,7 +169,7 @@ def board(result:dict)->str: # What `evaluate_study` found
     if 'skipped' in result: lines.append(f"  not judged: {result['skipped']}")
     return '\n'.join(lines)
 
-# %% ../nbs/90_cli.ipynb #871ac1e7
+# %% ../nbs/90_cli.ipynb #b9bd296d
 def median_count(y)->float: # Median number of items a class
     "How many items the median class has."
     import torch
@@ -186,12 +186,24 @@ def too_few(data, # `NoteData`
     poor = [f'{f} class has {median_count(y):g}' for f, y in labels.items() if median_count(y) < 6]
     return f"the median {' and the median '.join(poor)} notes; judges need 6" if poor else None
 
+def plain_baseline(data)->dict: # 'baseline64->timbre' and 'baseline64->pitch', as a probe gives them
+    "A logistic regression on 64 mel bands' means and deviations, on the same notes divided in the same way."
+    from disentangle_nb.data.batches import note_data, part
+    from disentangle_nb.evaluation.probes import linear_probe, mel_stats
+    from disentangle_nb.features.mel import LogMel
+    table = data.table[data.table['shift'] == 0]
+    if (table.source == 'gmvae').all(): return {}
+    both = note_data(table, LogMel(n_mels=64, floor_db=-90.), fit_range=True, vocabs=data.vocabs)
+    tr, va = part(both, 'train'), part(both, 'valid')
+    return {f'baseline64->{f}': linear_probe(mel_stats(tr.x), getattr(tr, f), mel_stats(va.x), getattr(va, f)) for f in ('timbre', 'pitch')}
+
 def measure(system, data, quick:bool=False)->dict: # All numbers of the study
-    "The study's protocol, or as much of it as the data allow."
+    "The study's protocol, or as much of it as the data allow, beside the trivial baseline."
     from disentangle_nb.studies.gmvae import evaluate_study, probe_study, recon_study
     why = 'the quick profile trains no judges' if quick else too_few(data)
-    if why is None: return evaluate_study(system, data)
-    return dict(probes=probe_study(system.model, data), recon=recon_study(system.model, data), skipped=why)
+    if why is None: out = evaluate_study(system, data)
+    else: out = dict(probes=probe_study(system.model, data), recon=recon_study(system.model, data), skipped=why)
+    return {**out, 'probes': {**out['probes'], **plain_baseline(data)}}
 
 # %% ../nbs/90_cli.ipynb #669e8841
 def progress_lines(folder,           # Where `log.csv` goes
@@ -411,7 +423,7 @@ def transfer(argv=None)->int: # Exit status
     "`disentangle_transfer`: edit a recording."
     return command('disentangle_transfer', _transfer, argv)
 
-# %% ../nbs/90_cli.ipynb #1e446285
+# %% ../nbs/90_cli.ipynb #076ce483
 def demo_edits(system, data, most:int=6)->dict: # (name, kind) -> clip (t,)
     "Some held-out notes: original, reconstruction, other pitch, other instrument."
     import torch
@@ -426,8 +438,8 @@ def demo_edits(system, data, most:int=6)->dict: # (name, kind) -> clip (t,)
     kinds = {'original': wav, 'reconstruction': edited(system, wav, names, 0.), 'a third higher': edited(system, wav, shift=4)}
     out = {}
     for i, (name, m) in enumerate(zip(names, table.midi)):
-        for k, v in kinds.items(): out[f'{name}-{pitch_name(m)}', k] = v[i]
-        out[f'{name}-{pitch_name(m)}', f'as {other[i]}'] = edited(system, wav[i:i+1], other[i])[0]
+        for k, v in kinds.items(): out[f'{name}-{pitch_name(m)}'.replace('#', 's'), k] = v[i]
+        out[f'{name}-{pitch_name(m)}'.replace('#', 's'), f'as {other[i]}'] = edited(system, wav[i:i+1], other[i])[0]
     return out
 
 def demo_figures(edits, sr, folder):
