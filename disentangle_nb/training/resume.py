@@ -69,14 +69,14 @@ def run_tensors(
             'record.lrs': torch.tensor([float(v) for v in rec.lrs], dtype=torch.float64)}
     return {k: v.detach().cpu().contiguous() for k, v in out.items()}
 
-# %% ../../nbs/52_training.resume.ipynb #7e08d6df
+# %% ../../nbs/52_training.resume.ipynb #9f7840b6
 def run_numbers(
     learn, # Learner at the end of an epoch
 )->dict:   # What JSON can hold
     "Everything else: where the run is, what it has recorded, how its optimiser and loaders stand."
     best, parts = getattr(learn, 'keep_best', None), getattr(learn, 'parts', None)
     groups = [{k: v for k, v in g.items() if k != 'params'} for g in learn.opt.state_dict()['param_groups']]
-    return dict(epoch=learn.epoch, n_epoch=learn.n_epoch, n_iter=learn.n_iter, groups=groups,
+    return dict(epoch=learn.epoch, n_epoch=learn.n_epoch, n_iter=len(learn.dls.train), groups=groups,
                 best=None if best is None else [best.best, best.best_epoch],
                 parts=None if parts is None else parts.history,
                 loaders=[loader_state(dl) for dl in learn.dls.loaders],
