@@ -165,7 +165,7 @@ def _note_features(table, feature, sr, dur, frames, shifts, cache, rms_db, max_b
     x = _copies(wav, rows, lambda w, k: encode_clips(feature, w, frames, cache, k, n))
     return x, rows, _copies(wav, rows, lambda w, k: _fit(shifted_clips(w, k, sr), n)) if keep_wav else None
 
-# %% ../../nbs/12a_data.batches.ipynb #e67d2983
+# %% ../../nbs/12a_data.batches.ipynb #f140774a
 def note_data(table:pd.DataFrame,         # A table with `split` (all is training if there is none)
               feature=None,               # A feature, e.g. `LogMel()`; the GMVAE release needs none
               sr:int=None,                # Rate, samples a second; the feature's when None
@@ -190,7 +190,7 @@ def note_data(table:pd.DataFrame,         # A table with `split` (all is trainin
     known = label_mask(table.instrument[original], table.split[original] == 'train', label_portion, seed, reference_labels)
     known = known[table.origin] if 'origin' in table else known  # a copy is labelled if its original is
     return NoteData(x=x, timbre=class_numbers(table.instrument, vocabs['timbre'], 'instrument'),
-                    pitch=class_numbers(table.midi, vocabs['pitch'], 'pitch'), labelled=torch.from_numpy(known),
+                    pitch=class_numbers(table.midi, vocabs['pitch'], 'pitch'), labelled=torch.tensor(known),
                     table=table, vocabs=vocabs, feature=feature, wav=wav)
 
 # %% ../../nbs/12a_data.batches.ipynb #a2e5dea8
