@@ -169,7 +169,7 @@ def board(result:dict)->str: # What `evaluate_study` found
     if 'skipped' in result: lines.append(f"  not judged: {result['skipped']}")
     return '\n'.join(lines)
 
-# %% ../nbs/90_cli.ipynb #b9bd296d
+# %% ../nbs/90_cli.ipynb #125c0b97
 def median_count(y)->float: # Median number of items a class
     "How many items the median class has."
     import torch
@@ -179,7 +179,7 @@ def median_count(y)->float: # Median number of items a class
 def too_few(data, # `NoteData`
            )->str|None: # Why nothing can be judged, or None
     "Are there notes enough for independent judges?"
-    own = (data.table['shift'] == 0).to_numpy()
+    own = (data.table['shift'] == 0).to_numpy(copy=True)
     labels = {f: getattr(data, f)[own] for f in ('timbre', 'pitch')}
     part = {f: (len(y.unique()), len(data.vocabs[f])) for f, y in labels.items()}
     if lacks := [f'{n} of {k} {f} classes' for f, (n, k) in part.items() if n < k]: return f"these notes have {' and '.join(lacks)}"
