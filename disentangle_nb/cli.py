@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'OWN', 'SMALL', 'SMALL_OURS', 'STUDIES', 'PLANNED', 'UserError', 'told', 'command', 'Parser', 'find_run',
-           'claim', 'settle', 'check_card', 'make_card', 'probe_rows', 'swap_rows', 'board', 'median_count', 'too_few',
-           'plain_baseline', 'measure', 'progress_lines', 'check_study', 'train_parser', 'read_notes', 'load_notes',
-           'only_known', 'train', 'open_run', 'eval_parser', 'evaluate', 'transfer_parser', 'transfer', 'demo_edits',
-           'demo_figures', 'demo_files', 'find_demo', 'demo']
+           'claim', 'settle', 'check_card', 'make_card', 'probe_rows', 'swap_test_rows', 'swap_rows', 'board',
+           'median_count', 'too_few', 'measure', 'progress_lines', 'check_study', 'train_parser', 'read_notes',
+           'load_notes', 'only_known', 'train', 'open_run', 'eval_parser', 'evaluate', 'transfer_parser', 'transfer',
+           'demo_edits', 'demo_figures', 'demo_files', 'peak_memory', 'find_demo', 'demo']
 
-# %% ../nbs/90_cli.ipynb #e6fcf4fe
-import argparse, contextlib, csv, difflib, io, math, os, re, shutil, sys, tempfile, time, warnings
+# %% ../nbs/90_cli.ipynb #ef2db669
+import argparse, contextlib, csv, difflib, inspect, io, math, os, re, shutil, sys, tempfile, time, warnings
 from pathlib import Path
 from .core import CardError, atomic_path, pick_device, provenance, read_json, shared_audio, write_json
 
@@ -97,35 +97,40 @@ def settle(system, # Trained
         system.save(Path(aside)/'system')
         for name in ('weights.safetensors', 'card.json'): os.replace(Path(aside)/'system'/name, out/name)
 
-# %% ../nbs/90_cli.ipynb #c9e16292
+# %% ../nbs/90_cli.ipynb #99779900
 _positive = 'epochs bs lr channels hidden latent n_mels'.split()
 
 def check_card(card)->None: # A `GMVAECard`
     "Refuse values that no run could use."
+    from disentangle_nb.losses.elbo import GMVAELoss
     for k in _positive:
         if not getattr(card, k) > 0: raise UserError(f'--set {k}={getattr(card, k)}: expected more than 0')
     for k, lo, hi in (('held', 0, 1), ('label_portion', -1e-9, 1 + 1e-9), ('ramp', -1e-9, 1 + 1e-9)):
         if not lo < getattr(card, k) < hi: raise UserError(f'--set {k}={getattr(card, k)}: expected a share from 0 to 1')
     if card.bs < 2: raise UserError(f'--set bs={card.bs}: batch statistics need at least 2 notes a step')
+    if card.pitch_curve and card.latent % 2: raise UserError(f'--set latent={card.latent}: pitch components on circles need an even number of dimensions')
+    known = {k for k, v in inspect.signature(GMVAELoss).parameters.items() if isinstance(v.default, float)}
+    for k in (k for k in card.weights or {} if k not in known):
+        raise UserError(f"--set weights.{k}: the objective has no such weight; it has {', '.join(sorted(known))}")
 
-# %% ../nbs/90_cli.ipynb #eaffe392
+# %% ../nbs/90_cli.ipynb #965ab638
 OWN = dict(split='auto', held=.25)
 SMALL = dict(channels=96, hidden=192, bs=32, lr=2e-3, epochs=30, shifts=(-5, -4, -3, -2, -1, 1, 2, 3, 4, 5), gain_db=6., tilt_db=1.5, eq_db=4., bf16=False)
 SMALL_OURS = dict(floor_db=-90., weights=dict(true_component=1., component_recon=.5, adversary=20., timbre_ce=5., recon=.3))
 
 def make_card(args,       # `recipe`, `profile`, `seed`, `data`, `set`
-              n:int=None, # Notes of the data, when they are the user's own
+              table=None, # Of the user's own notes, if there are any
              ):           # A `GMVAECard`
     "The card that a command line asks for."
-    from disentangle_nb.studies.gmvae import gmvae_card
+    from disentangle_nb.studies.gmvae import gmvae_card, released
     changes = dict(seed=args.seed)
-    if n is not None: changes |= dict(data=str(Path(args.data).expanduser().absolute()), **OWN)
-    if n is not None and n < 600 and args.profile != 'quick': changes |= SMALL | (SMALL_OURS if args.recipe == 'ours' else {})
+    if table is not None: changes |= dict(data=str(Path(args.data).expanduser().absolute()), **OWN) | (dict(shifts=()) if released(table) else {})
+    if table is not None and len(table) < 600 and args.profile != 'quick': changes |= SMALL | ({} if args.recipe == 'faithful' else SMALL_OURS)
     with told(CardError, ValueError): card = gmvae_card(args.recipe, args.profile, **changes).override([re.sub(r'(?<![\w.])\.(?=\d)', '0.', s) for s in args.set])
     check_card(card)
     return card
 
-# %% ../nbs/90_cli.ipynb #87b7c888
+# %% ../nbs/90_cli.ipynb #de357249
 def _row(label, d, key='acc', beside=''):
     "One line of the scoreboard, or none."
     if not isinstance(d, dict) or d.get(key) is None: return []
@@ -138,11 +143,21 @@ def probe_rows(p:dict)->list:
     for code in names:
         for factor, name in names.items():
             d = p.get(f'{code}->{factor}')
-            base = p.get(f'baseline64->{factor}') or p.get(f'baseline->{factor}')
-            beside = f"logistic regression on mel statistics {base['acc']:.2f}" if code == factor and base else ''
+            base = [v['acc'] for k, v in p.items() if re.fullmatch(rf'baseline\d*->{factor}', k)]
+            beside = f'best logistic regression on mel statistics {max(base):.2f}' if code == factor and base else ''
             if code != factor and isinstance(d, dict): beside = f"leak; by guessing {d.get('floor', math.nan):.2f}"
             out += _row(f'{code} code -> {name}', d, beside=beside)
     for f, name in names.items(): out += _row(f'nearest component is the {name}', p.get(f'nearest {f}'))
+    return out
+
+def swap_test_rows(rows:list)->list:
+    "Lines of the swap test: what an edit changed and kept, beside sound that was not edited."
+    found = {(d['factor'], d['condition'], d['measure']): d for d in rows}
+    plain = ', '.join(f"{name} {found['', c, 'kept']['value']:.2f}" for c, name in dict(copy='copy-synthesis', **{'no edit': 'no edit'}).items() if ('', c, 'kept') in found)
+    out = []
+    for f, name in dict(timbre='instrument', pitch='pitch').items():
+        out += _row(f'swap test: {name} became what was asked', found.get((f, 'edit', 'changed')), 'value')
+        out += _row(f'swap test: {name} edited, the rest stayed', found.get((f, 'edit', 'kept')), 'value', plain)
     return out
 
 def swap_rows(r:dict)->list:
@@ -154,10 +169,11 @@ def swap_rows(r:dict)->list:
     d = (r.get('transfer') or {}).get('1.0', {})
     still = (r.get('transfer') or {}).get('0.0', {})
     out += _row("transfer: judge's posterior of the instrument asked", d, 'target', f"without edit {still.get('target', math.nan):.2f}" if still else '')
-    out += _row('transfer: pitch kept', d, 'pitch_kept', f"copy-synthesis {still.get('pitch_kept', math.nan):.2f}" if still else '')
+    out += _row('transfer: pitch kept', d, 'pitch_kept', f"without edit {still.get('pitch_kept', math.nan):.2f}" if still else '')
     e = r.get('pitch_edit') or {}
     beside = f"copy-synthesis {e['copy-synthesis']['within_50']:.2f}" if 'copy-synthesis' in e else ''
     out += _row('pitch edit within 50 cents', e.get('edited'), 'within_50', beside)
+    out += swap_test_rows(r.get('swap') or [])
     for f, name in dict(timbre='instrument', pitch='pitch').items():
         out += _row(f"judge's own accuracy on notes it missed: {name}", r.get('judges'), f) if out else []
     return out
@@ -169,7 +185,7 @@ def board(result:dict)->str: # What `evaluate_study` found
     if 'skipped' in result: lines.append(f"  not judged: {result['skipped']}")
     return '\n'.join(lines)
 
-# %% ../nbs/90_cli.ipynb #125c0b97
+# %% ../nbs/90_cli.ipynb #8064bbe1
 def median_count(y)->float: # Median number of items a class
     "How many items the median class has."
     import torch
@@ -186,24 +202,12 @@ def too_few(data, # `NoteData`
     poor = [f'{f} class has {median_count(y):g}' for f, y in labels.items() if median_count(y) < 6]
     return f"the median {' and the median '.join(poor)} notes; judges need 6" if poor else None
 
-def plain_baseline(data)->dict: # 'baseline64->timbre' and 'baseline64->pitch', as a probe gives them
-    "A logistic regression on 64 mel bands' means and deviations, on the same notes divided in the same way."
-    from disentangle_nb.data.batches import note_data, part
-    from disentangle_nb.evaluation.probes import linear_probe, mel_stats
-    from disentangle_nb.features.mel import LogMel
-    table = data.table[data.table['shift'] == 0]
-    if (table.source == 'gmvae').all(): return {}
-    both = note_data(table, LogMel(n_mels=64, floor_db=-90.), fit_range=True, vocabs=data.vocabs)
-    tr, va = part(both, 'train'), part(both, 'valid')
-    return {f'baseline64->{f}': linear_probe(mel_stats(tr.x), getattr(tr, f), mel_stats(va.x), getattr(va, f)) for f in ('timbre', 'pitch')}
-
 def measure(system, data, quick:bool=False)->dict: # All numbers of the study
     "The study's protocol, or as much of it as the data allow, beside the trivial baseline."
-    from disentangle_nb.studies.gmvae import evaluate_study, probe_study, recon_study
+    from disentangle_nb.studies.gmvae import baseline_study, evaluate_study, probe_study, recon_study
     why = 'the quick profile trains no judges' if quick else too_few(data)
-    if why is None: out = evaluate_study(system, data)
-    else: out = dict(probes=probe_study(system.model, data), recon=recon_study(system.model, data), skipped=why)
-    return {**out, 'probes': {**out['probes'], **plain_baseline(data)}}
+    if why is None: return evaluate_study(system, data)
+    return dict(probes={**probe_study(system.model, data), **baseline_study(data)}, recon=recon_study(system.model, data), skipped=why)
 
 # %% ../nbs/90_cli.ipynb #669e8841
 def progress_lines(folder,           # Where `log.csv` goes
@@ -234,7 +238,7 @@ def progress_lines(folder,           # Where `log.csv` goes
                 writer.writeheader(), writer.writerows(rows)
     return Lines()
 
-# %% ../nbs/90_cli.ipynb #5551adbe
+# %% ../nbs/90_cli.ipynb #c805e548
 STUDIES = dict(gmvae='pitch and timbre in two Gaussian mixtures')
 PLANNED = 'syntone move voice intervals'.split()
 
@@ -256,7 +260,7 @@ def train_parser()->Parser:
     add('--out', metavar='DIR', help='run folder; out/STUDY-PROFILE-SEED if not given')
     add('--profile', choices=['quick', 'demo', 'cpu', 'paper'], default='cpu',
         help='size: quick (seconds), demo (minutes), cpu (at most an hour on two cores), paper (a GPU)')
-    add('--recipe', choices=['ours', 'faithful'], default='ours', help="this project's objective, or the published one")
+    add('--recipe', choices=['ours', 'few_labels', 'faithful'], default='ours', help="this project's objective, its variant for few labels, or the published one")
     add('--seed', type=int, default=0, metavar='N', help='of weights, order and noise, from 0')
     add('--device', default='auto', help='auto, cpu, cuda, cuda:1 or mps')
     add('--resume', action='store_true', help='go on with an unfinished run in --out, from its last checkpoint')
@@ -264,24 +268,27 @@ def train_parser()->Parser:
     add('--set', action='append', metavar='KEY=VALUE', default=[], help='change one setting of the card, e.g. epochs=40 or weights.recon=2; repeatable')
     return p
 
-# %% ../nbs/90_cli.ipynb #de268c64
-def read_notes(path)->int|None: # Number of notes; None without a path
+# %% ../nbs/90_cli.ipynb #c127a89a
+def read_notes(path): # Their table; None without a path
     "Look at the user's data before anything else is done."
     from disentangle_nb.data.notes import TableError, read_table
     if path is None: return None
-    with told(TableError, OSError): return len(read_table(path))
+    with told(TableError, OSError): return read_table(path)
 
 def load_notes(card, system=None, known_only:bool=False): # `NoteData`
     "The notes of a card as tensors; for a `system`, through its feature and in its classes."
+    from dataclasses import replace
     from disentangle_nb.audio import AudioError
     from disentangle_nb.data.batches import note_data
     from disentangle_nb.data.notes import TableError
     from disentangle_nb.data.soundfont import SoundFontError
-    from disentangle_nb.studies.gmvae import study_data, study_table
+    from disentangle_nb.studies.gmvae import released, renormed, study_data, study_table
     with told(TableError, AudioError, SoundFontError, OSError):
         if system is None: return study_data(card)
         table = study_table(card)
-        return note_data(only_known(table, system.vocabs, known_only), system.feature, shifts=card.shifts, vocabs=system.vocabs)
+        table, shifts = only_known(table, system.vocabs, known_only), () if released(table) else card.shifts
+        data = note_data(table, system.feature, shifts=shifts, vocabs=system.vocabs)
+        return replace(data, x=renormed(data.x, card.data, system.feature)) if released(table) else data
 
 # %% ../nbs/90_cli.ipynb #5b680543
 def only_known(table,           # Notes
@@ -457,7 +464,7 @@ def demo_figures(edits, sr, folder):
         axes[0].figure.savefig(Path(folder)/f'{note}.png')
         plt.close(axes[0].figure)
 
-# %% ../nbs/90_cli.ipynb #5f43f6a3
+# %% ../nbs/90_cli.ipynb #ba0fe394
 def demo_files(system, data, numbers, card, folder):
     "Write everything the demonstration leaves."
     from disentangle_nb.audio import save_audio
@@ -489,8 +496,15 @@ def _demo(argv):
         numbers = measure(system, data, args.profile == 'quick')
         say('writing sounds')
         demo_files(system, data, numbers, card, aside)
-    print(board(numbers), f'wrote {out}: audio, figures, result.json and the system, in {time.time() - began:.0f} s', sep='\n')
+    print(board(numbers), f'wrote {out}: audio, figures, result.json and the system, in {time.time() - began:.0f} s{peak_memory()}', sep='\n')
     print(f'next: disentangle_transfer {out}/system IN.wav --to Violin')
+
+def peak_memory()->str: # Empty where the system does not tell
+    "The most memory this process has held."
+    try: import resource
+    except ImportError: return ''  # Windows has none
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
+    return f', with {most/2**30:.1f} GB of memory at most'
 
 def find_demo(out):
     "Refuse a place where the demonstration cannot be put."

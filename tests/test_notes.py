@@ -12,6 +12,7 @@ from disentangle_nb.data.notes import (COLUMNS, ORCHESTRA, RELEASE_CLASSES, RELE
                                        midi_of, nsynth_table, orchestra_table, pitch_name, read_table, release_features, release_range, shared,
                                        split_cells, split_pitches, split_random, split_reference, split_zones, tinysol_table)
 from disentangle_nb.features.mel import LogMel
+from release import NOTES, lay_out
 
 pytest.importorskip('pretty_midi')
 torch.set_num_threads(1)
@@ -181,38 +182,8 @@ def test_nsynth_parts_families_and_damage(tmp_path):
 
 # the release of the GMVAE features, in its true layout
 
-RANGES = dict(zip(RELEASE_CLASSES, [(52, 83), (31, 77), (22, 82), (52, 86), (21, 102), (55, 100), (36, 84), (49, 81), (34, 77), (50, 95), (59, 98), (58, 93)]))
-NOTES = {  # prefix counts that give the published totals, class by class, and (floor of a tenth each) the published validation counts
-    'EH_nA': 128, 'Hn': 195, 'Corf': 14, 'Corm': 5, 'trbt': 63, 'TpC': 150, 'trof': 17, 'trom': 17, 'trop': 10, 'Pno': 246, 'Vn': 138, 'Vc': 147,
-    'ASax': 99, 'Bn': 199, 'fagf': 28, 'fagm': 14, 'fagp': 10, 'ClBb': 95, 'clbb': 85, 'Fl': 118, 'Ob': 107}
-
-
 @pytest.fixture(scope='module')
-def release(tmp_path_factory):
-    root = tmp_path_factory.mktemp('release')
-    for d in ('spec', 'spec-norm'): (root/'data'/d).mkdir(parents=True)
-    (root/'__MACOSX'/'data'/'spec-norm').mkdir(parents=True)
-    names = []
-    for cls, prefixes in RELEASE_CLASSES.items():
-        lo, hi = RANGES[cls]
-        for p in prefixes:
-            cells = [(m, d) for d in ('mf', 'ff', 'pp', 'f', 'p') for m in range(lo, hi + 1, 3 if p == 'trbt' else 1)]
-            names += [f'{p}-ord-{pitch_name(m)}-{d}' for m, d in cells[:NOTES[p]]]
-    for i, n in enumerate(np.random.RandomState(0).permutation(names)):
-        (root/'data'/'spec-norm'/f'{n}-N-normalize.pth').touch()
-        if i < 40: torch.save(torch.full((1, 256, 43), float(i)), root/'data'/'spec'/f'{n}-N.pth')
-    (root/'data'/'spec-norm'/'._Vn-ord-A4-mf-N-normalize.pth').write_bytes(b'\0\5\x16\7')
-    (root/'data'/'spec-norm'/'.DS_Store').touch()
-    order = sorted(names)  # an independent reading of the reference's protocol, with the old global generator
-    idx = []
-    state = np.random.get_state()
-    for p in sorted(set(n.split('-')[0] for n in names)):
-        rows = np.array([i for i, n in enumerate(order) if n.split('-')[0] == p])
-        np.random.seed(1111)
-        idx += np.random.choice(rows, int(.1*len(rows)), replace=False).tolist()
-    np.random.set_state(state)
-    np.save(root/'data'/'valid_idx.npy', np.array(idx))
-    return root
+def release(tmp_path_factory): return lay_out(tmp_path_factory.mktemp('release'))
 
 
 def test_release_matches_the_published_counts(release):

@@ -61,6 +61,7 @@ def test_saving_twice_replaces_and_loading_leaves_the_dice_alone(saved):
     torch.manual_seed(3); a = torch.rand(2)
     torch.manual_seed(3); Disentangler.load(saved, device='cpu')
     assert torch.equal(a, torch.rand(2))
+    assert len({f.stat().st_mode for f in saved.iterdir()}) == 1  # whoever may read the card may read the weights
 
 
 def test_weights_that_are_not_numbers_are_refused_both_ways(tmp_path, saved):

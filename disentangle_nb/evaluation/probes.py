@@ -214,7 +214,7 @@ def predict(self:Judge,
     "What the judge hears."
     return _odds(self, x).argmax(-1)
 
-# %% ../../nbs/61_evaluation.probes.ipynb #3f55a3fd
+# %% ../../nbs/61_evaluation.probes.ipynb #512c692d
 def train_judge(x:torch.Tensor,      # Features of real notes, shape `(b, f, n)`
                 y:torch.Tensor,      # Class indices, shape `(b,)`
                 n_classes:int=None,  # Classes in all; as many as `classes`, or the largest label + 1, if not given
@@ -226,6 +226,7 @@ def train_judge(x:torch.Tensor,      # Features of real notes, shape `(b, f, n)`
                 seed:int=0,          # Seed of weights, order and dropout
                 device='cpu',        # Where to train
                 channels:int=64,     # Width of the judge
+                smoothing:float=.05, # Share of each label spread over the other classes
                )->Judge:             # In eval mode
     "Train a judge on real features; the same seed gives the same judge."
     x, y = x.to(device), torch.as_tensor(y).to(device).long(); bs = min(bs, len(x))
@@ -236,7 +237,7 @@ def train_judge(x:torch.Tensor,      # Features of real notes, shape `(b, f, n)`
         sched = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=len(x)//bs*epochs + 1)
         for _ in progress(range(epochs), desc='judge'):
             for i in torch.randperm(len(x), device=device)[:len(x)//bs*bs].split(bs):
-                loss = F.cross_entropy(judge(x[i] if augment is None else augment(x[i])), y[i], label_smoothing=.05)
+                loss = F.cross_entropy(judge(x[i] if augment is None else augment(x[i])), y[i], label_smoothing=smoothing)
                 opt.zero_grad(); loss.backward(); opt.step(); sched.step()
     return judge.eval()
 

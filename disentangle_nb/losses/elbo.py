@@ -101,14 +101,14 @@ class GMVAELoss(nn.Module):
         names = dict(components='component_recon', mix='component_mix', swap='swap')
         return {v: self.weights[k] for v, k in names.items() if self.weights[k]}
 
-# %% ../../nbs/40_losses.elbo.ipynb #3a233f84
+# %% ../../nbs/40_losses.elbo.ipynb #61e353bb
 @patch
 def timbre_terms(self:GMVAELoss, out, timbre, labelled):
     "R, A, C and the instrument's cross-entropy, plus the bound of the paper."
     w, post = self.weights, (out['timbre_mu'], out['timbre_logvar'])
     recon = squared_error(out['x_hat'], out['x'])
     kl = expected_kl(*post, out['timbre_means'], out['timbre_logvars'], out['timbre_prob'])
-    cls = class_kl(out['timbre_logits'])
+    cls = class_kl(out['timbre_logits']) if len(out['timbre_means']) > 1 else torch.zeros_like(kl)  # a single prior has no class
     t = dict(recon=recon.mean(), lower_bound=-(recon + kl + cls).mean())
     if w['timbre_capacity']: kl = (kl - w['timbre_capacity']).abs()
     if w['true_component']:

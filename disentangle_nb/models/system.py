@@ -6,8 +6,8 @@
 __all__ = ['FORMAT', 'VERSION', 'LoudnessSplit', 'windows', 'crossfade', 'CheckpointError', 'Disentangler', 'follow',
            'module_args', 'resolve', 'read_card', 'read_arrays', 'build', 'find_system']
 
-# %% ../../nbs/30_models.system.ipynb #46388603
-import difflib, importlib, importlib.util, inspect, json, math
+# %% ../../nbs/30_models.system.ipynb #df5accf8
+import difflib, importlib, importlib.util, inspect, json, math, shutil
 from pathlib import Path
 import torch
 from torch import nn
@@ -276,7 +276,7 @@ def module_args(m:nn.Module, # A feature or model
 
 def _class_name(m): return f'{type(m).__module__}.{type(m).__qualname__}'.removeprefix('disentangle_nb.')
 
-# %% ../../nbs/30_models.system.ipynb #633d8d86
+# %% ../../nbs/30_models.system.ipynb #d4df22e4
 @patch
 def state(self:Disentangler,
           dtype:torch.dtype=None, # Type to store floating-point weights in; None keeps theirs
@@ -306,6 +306,7 @@ def save(self:Disentangler,
     with atomic_path(path, dir=True) as tmp:
         save_file(arrays, tmp/'weights.safetensors')
         (tmp/'card.json').write_text(text + '\n', encoding='utf-8')
+        shutil.copymode(tmp/'card.json', tmp/'weights.safetensors')  # safetensors writes for its owner alone
     return Path(path)
 
 # %% ../../nbs/30_models.system.ipynb #2bfab994
