@@ -428,11 +428,12 @@ def release_features(table:pd.DataFrame,  # From `gmvae_release`
     if frames == [21]: warnings.warn("these features have 21 frames (hop 512); the published configuration has 43")
     return torch.stack(x)
 
-# %% ../../nbs/12_data.notes.ipynb #29de37b3
+# %% ../../nbs/12_data.notes.ipynb #8a9fefa6
 def release_range(path:str|Path,          # The `data` folder of the release
                  )->tuple[float, float]:  # Lowest and highest natural-log mel power of the training notes
     "The two constants that take `spec` to `spec-norm`, for going back to sound."
-    t = gmvae_release(path, norm=False, whole=False)
+    path = Path(path).expanduser()
+    t = gmvae_release(path.parent if path.name in ('spec', 'spec-norm') else path, norm=False, whole=False)
     x = release_features(t[t.split == 'train'])
     return x.min().item(), x.max().item()
 

@@ -14,18 +14,23 @@ from torch import nn
 from fastcore.basics import patch
 from ..core import atomic_path, progress
 
-# %% ../../nbs/61_evaluation.probes.ipynb #f78dff42
+# %% ../../nbs/61_evaluation.probes.ipynb #6ad5b819
 def bootstrap(values,          # One number an item, shape `(b,)`
               stat=None,       # Function over the last axis of resampled `values`; the mean if not given
               n:int=1000,      # Resamplings
               seed:int=0,      # Seed of the resampling
               level:float=.95, # Share of the resamplings inside the interval
+              groups=None,     # What belongs together and is resampled as one, a label an item; every item for itself if not given
              )->tuple[float, float, float]: # The statistic, and both ends of its interval
     "`stat` of `values` with its percentile bootstrap interval."
     v, stat = np.asarray(values, dtype=float), stat or (lambda a: a.mean(-1))
     if len(v) == 0: return (math.nan,)*3
     rng = np.random.default_rng(seed)
-    draws = np.concatenate([stat(v[rng.integers(0, len(v), (k, len(v)))]) for k in [100]*(n//100) + [n % 100]*(n % 100 > 0)])
+    if groups is None: draws = np.concatenate([stat(v[rng.integers(0, len(v), (k, len(v)))]) for k in [100]*(n//100) + [n % 100]*(n % 100 > 0)])
+    else:
+        of = np.unique(np.asarray(groups), return_inverse=True)[1]
+        members = np.split(np.argsort(of, kind='stable'), np.cumsum(np.bincount(of))[:-1])
+        draws = [stat(v[np.concatenate([members[i] for i in pick])]) for pick in rng.integers(0, len(members), (n, len(members)))]
     return float(stat(v)), *(float(q) for q in np.quantile(draws, [(1 - level)/2, (1 + level)/2]))
 
 # %% ../../nbs/61_evaluation.probes.ipynb #3ba95da9
@@ -46,7 +51,7 @@ def fit_linear(x:torch.Tensor,  # Codes, shape `(b, d)`
     opt.step(closure); W = W.detach()
     return lambda z: ((z.to(mu) - mu)/sd) @ W[:-1] + W[-1]
 
-# %% ../../nbs/61_evaluation.probes.ipynb #5def3802
+# %% ../../nbs/61_evaluation.probes.ipynb #9ed91c94
 def _labels(first, *others):
     "Class indices of labels of any kind, and the classes; these are those of `first`, and what it lacks becomes -1."
     first, *others = (y.cpu().numpy() if torch.is_tensor(y) else np.asarray(y) for y in (first, *others))
@@ -54,23 +59,24 @@ def _labels(first, *others):
     found = [np.searchsorted(classes, y).clip(max=len(classes) - 1) for y in others]
     return [torch.as_tensor(i) for i in (idx, *(np.where(classes[f] == y, f, -1) for f, y in zip(found, others)))], classes
 
-def _score(hit, n_boot=1000, seed=0):
+def _score(hit, n_boot=1000, seed=0, groups=None):
     "Accuracy of boolean `hit` with its interval."
-    acc, lo, hi = bootstrap(np.asarray(hit, float), n=n_boot, seed=seed)
+    acc, lo, hi = bootstrap(np.asarray(hit, float), n=n_boot, seed=seed, groups=groups)
     return dict(acc=acc, lo=lo, hi=hi, n=len(hit))
 
-# %% ../../nbs/61_evaluation.probes.ipynb #17e2b159
+# %% ../../nbs/61_evaluation.probes.ipynb #d3eeb957
 def linear_probe(ztr,        # Codes to learn from, shape `(b, d)`
                  ytr,        # Their labels, shape `(b,)`, of any kind
                  zte,        # Codes to be asked about, shape `(m, d)`
                  yte,        # Their labels, shape `(m,)`
                  C:float=1., # Inverse strength of the penalty
                  seed:int=0, # Seed of the interval
+                 groups=None, # Which held-out items belong together, a label each, see `bootstrap`
                 )->dict:     # `acc`, `lo`, `hi` (95 %), `n`
     "How well a straight cut through the codes names held-out items, each item weighing the same."
     (ytr, yte), classes = _labels(ytr, yte)
     ztr, zte = (torch.as_tensor(z).detach().cpu().flatten(1).double() for z in (ztr, zte))
-    return _score((fit_linear(ztr, ytr, len(classes), C)(zte).argmax(1) == yte).numpy(), seed=seed)
+    return _score((fit_linear(ztr, ytr, len(classes), C)(zte).argmax(1) == yte).numpy(), seed=seed, groups=groups)
 
 # %% ../../nbs/61_evaluation.probes.ipynb #618c60ba
 def mlp_probe(ztr,             # Codes to learn from, shape `(b, d)`
@@ -133,21 +139,22 @@ def mutual_info(a, # Labels, shape `(b,)`
     p = count_table(a, b)/len(a); q = p.sum(0)*p.sum(1, keepdims=True)
     return float((p[p > 0]*np.log(p[p > 0]/q[p > 0])).sum())
 
-# %% ../../nbs/61_evaluation.probes.ipynb #13a85c5d
+# %% ../../nbs/61_evaluation.probes.ipynb #8f98f4c2
 def probe_table(ztr:dict,    # Codes by name, each `(b, d)`
                 ytr:dict,    # Labels by factor, each `(b,)`
                 zte:dict,    # Held-out codes by name
                 yte:dict,    # Their labels by factor
                 probe=None,  # `linear_probe` if not given
                 **kw):       # Passed to the probe
-    "One row for each code and factor: accuracy, interval, the floor set by the code's own factor, and the majority."
+    "One row for each code and factor: accuracy, interval, the floor set by the code's own factor (counted on what was taught; reached on what is asked), and the majority."
     import pandas as pd
     rows = []
     for code, z in ztr.items():
         for factor, y in ytr.items():
             own = ytr.get(code) if code != factor else None
             rows.append(dict(code=code, target=factor, **(probe or linear_probe)(z, y, zte[code], yte[factor], **kw),
-                             floor=guess_floor(y, own), majority=guess_floor(y), leak=code in ytr and code != factor))
+                             floor=guess_floor(y, own), majority=guess_floor(y), leak=code in ytr and code != factor,
+                             floor_held=max(guess_floor(y, o, yte[factor], None if o is None else yte[code]) for o in (own, None))))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/61_evaluation.probes.ipynb #b61359b0

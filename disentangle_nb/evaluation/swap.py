@@ -115,7 +115,7 @@ def _versions(system, clips, edits, gifts, kw):
         else: wav = system.edit(clips[rows], **{k: [values[i] for i in rows]}, **kw)
         yield 'edit', k, rows, wav
 
-# %% ../../nbs/62_evaluation.swap.ipynb #c3b42658
+# %% ../../nbs/62_evaluation.swap.ipynb #53f05098
 def _report(condition, k, wav, src, was, table, asked, feature, judges, vocabs, truth):
     "One row a note of one version."
     import pandas as pd
@@ -124,7 +124,9 @@ def _report(condition, k, wav, src, was, table, asked, feature, judges, vocabs, 
     tell = lambda names: df[names].all(axis=1).astype(float) if names else np.nan
     df['changed'] = tell([f'ok_{k}'] if k in judges else ['ok_f0']*(k == 'pitch'))
     df['p_asked'] = df[f'p_{k}'] if k in judges else np.nan
-    df['kept'] = tell([f'ok_{j}' for j in judges if j != k] + ['ok_f0']*(k != 'pitch'))
+    stays = lambda f: tell([f'ok_{j}' for j in judges if j != f] + ['ok_f0']*(f != 'pitch'))
+    df['kept'] = stays(k)
+    if not k: df = df.assign(**{f'kept_{f}': stays(f) for f in judges})
     if truth is not None:
         at = find_notes(truth[1], want); t = wav.shape[-1]
         df['lsd_asked_db'] = np.where(at < 0, np.nan, log_spectral_distance(wav, truth[0][at, :t].to(wav)).cpu().numpy())
@@ -170,7 +172,7 @@ def swap_test(system,             # A Disentangler: `feature`, `encode`, `decode
         parts += _batch(system, clips[i:i + bs].to(dev), table.iloc[i:i + bs], part, gifts, judges, truth, kw)
     return pd.concat(parts, ignore_index=True)
 
-# %% ../../nbs/62_evaluation.swap.ipynb #e15bb73e
+# %% ../../nbs/62_evaluation.swap.ipynb #050a3bf5
 SHARES, SIZES = ['changed', 'p_asked', 'kept', 'ok_f0'], ['f0_cents', 'loudness_db', 'centroid_hz', 'lsd_db', 'lsd_asked_db']
 
 def swap_summary(df,                            # Rows of `swap_test`
@@ -181,11 +183,13 @@ def swap_summary(df,                            # Rows of `swap_test`
     "Means of shares and medians of distances, with 95 % intervals."
     import pandas as pd
     middle, rows = lambda v: np.median(v, -1), []
-    measures = [(c, None) for c in SHARES + [c for c in df if c.startswith('ok_') and c != 'ok_f0']] + [(c, middle) for c in SIZES]
+    cell = df.instrument.astype(str) + '|' + df.midi.astype(str) if {'instrument', 'midi'} <= set(df) else None
+    measures = [(c, None) for c in SHARES + [c for c in df if c.startswith(('ok_', 'kept_')) and c != 'ok_f0']] + [(c, middle) for c in SIZES]
     for key, part in df.groupby(list(by), sort=False, dropna=False):
         for c, stat in measures:
-            v = part[c].dropna().astype(float).abs().to_numpy() if c in part else ()
-            if len(v): rows.append(dict(zip(by, key), measure=c, **dict(zip(('value', 'lo', 'hi'), bootstrap(v, stat, n, seed))), n=len(v)))
+            v = part[c].dropna().astype(float).abs() if c in part else ()
+            together = cell[v.index] if len(v) and cell is not None else None
+            if len(v): rows.append(dict(zip(by, key), measure=c, **dict(zip(('value', 'lo', 'hi'), bootstrap(v.to_numpy(), stat, n, seed, groups=together))), n=len(v)))
     return pd.DataFrame(rows)
 
 def scoreboard(summary,                      # Rows of `swap_summary`

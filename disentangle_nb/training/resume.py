@@ -6,7 +6,7 @@
 __all__ = ['FORMAT', 'chance_state', 'set_chance', 'loader_state', 'set_loader', 'run_tensors', 'run_numbers', 'checkpoints',
            'write_checkpoint', 'read_checkpoint', 'latest', 'same_run', 'restore', 'restore_record', 'Checkpoint']
 
-# %% ../../nbs/52_training.resume.ipynb #05dfac33
+# %% ../../nbs/52_training.resume.ipynb #40986ea0
 import json, random, time, warnings
 from pathlib import Path
 import numpy as np, torch
@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from fastai.callback.core import Callback
 from fastcore.foundation import L
 from ..core import atomic_path
+from .learner import TrainingDiverged
 
 # %% ../../nbs/52_training.resume.ipynb #4f52ef0c
 def chance_state()->tuple: # (name -> tensor, what JSON can hold)
@@ -169,7 +170,7 @@ def restore_record(learn, tensors, numbers):
     if parts is not None: parts.history = numbers['parts']
     for dl, state in zip(learn.dls.loaders, numbers['loaders']): set_loader(dl, state)
 
-# %% ../../nbs/52_training.resume.ipynb #24fa89ef
+# %% ../../nbs/52_training.resume.ipynb #16f256a4
 class Checkpoint(Callback):
     "Writes everything a run depends on at the ends of epochs, and goes on from there."
     order, run_valid = 65, True
@@ -215,5 +216,8 @@ class Checkpoint(Callback):
         chance, plain = chance_state()
         tensors = run_tensors(self.learn) | {f'chance.{k}': v for k, v in chance.items()}
         numbers = run_numbers(self.learn) | dict(chance=plain, run=self.description)
+        spoilt = [k for k, v in tensors.items() if k.startswith(('model.', 'loss.', 'opt.')) and v.is_floating_point() and not v.isfinite().all()]
+        if spoilt: raise TrainingDiverged(f"{spoilt[0]} is not finite any more after epoch {self.epoch + 1}, so no checkpoint was written. "
+                                          f"Last good checkpoint: {self.last or 'none was written'}. Lower the learning rate or resume from it")
         self.last = write_checkpoint(self.folder, tensors, numbers, self.keep)
         self.wrote = time.monotonic()
