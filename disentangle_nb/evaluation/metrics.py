@@ -247,7 +247,7 @@ def completeness(R,                  # Importance `(k, d)`
     w = R.sum(1); c = np.where(w > 0, 1 - _spread(R, 1), 0)
     return 0. if w.sum() == 0 else float((c*w).sum()/w.sum() if weighted else c.mean())
 
-# %% ../../nbs/60_evaluation.metrics.ipynb #9a2cee19
+# %% ../../nbs/60_evaluation.metrics.ipynb #6f8010dc
 @dataclass(frozen=True)
 class Score:
     "One score, and what it is made of."
@@ -264,6 +264,7 @@ def _score(items, value, factors=None, reason='', **kw):
     left = [f"{list(items.constant)} left out: one level"]*bool(items.constant)
     named = {} if factors is None or np.ndim(factors) > 1 else {**dict(zip(items.names, np.asarray(factors).tolist())), **dict.fromkeys(items.constant, math.nan)}
     if np.ndim(value) == 0: value = float(value)
+    if 'parts' in kw: kw['parts'] = {k: float(v) for k, v in kw['parts'].items()}
     return Score(value, factors=named, reason='; '.join(left + [reason]*bool(reason)), **kw)
 
 # %% ../../nbs/60_evaluation.metrics.ipynb #cd2f0090
@@ -363,7 +364,7 @@ def svm_line(x,              # Sorted code of the negative items `(n,)`
         loss, g, H = new
     return w
 
-# %% ../../nbs/60_evaluation.metrics.ipynb #5a7b43e6
+# %% ../../nbs/60_evaluation.metrics.ipynb #06a1d51d
 def _split(n, test, seed):
     "Rows to learn from and rows to be asked about."
     if not 0 < test < 1: raise ValueError(f"test is the share of held-out items, between 0 and 1; got {test}")
@@ -380,9 +381,10 @@ def _svm_accuracy(z, y, zt, yt, C):
         out.append(((xt[:, None]*W[:, 0] + W[:, 1]).argmax(1) == yt).mean() if x.std() > 1e-12 else 0.)
     return np.array(out)
 
-def svm_share(items, bins=20, C=.01, test=1/3, seed=0):
+def svm_share(items, bins=20, coarse='auto', C=.01, test=1/3, seed=0):
     "Held-out accuracy `(k, d)` of each code alone for each factor."
-    levels = factor_levels(items, bins); R = np.zeros((levels.shape[1], items.codes.shape[1])); train, held = _split(len(levels), test, seed)
+    levels = factor_levels(items, bins, coarse=coarse); train, held = _split(len(levels), test, seed)
+    R = np.zeros((levels.shape[1], items.codes.shape[1]))
     for j, v in enumerate(levels.T):
         a, b = train[v[train] >= 0], held[v[held] >= 0]
         R[j] = _svm_accuracy(items.codes[a], v[a], items.codes[b], v[b], C)
@@ -392,6 +394,7 @@ def sap(codes,           # Codes `(n, d)` or `Items`
         factors=None,    # Factors, see `read_items`
         by:str='auto',   # 'auto' or 'r2', see `variance_share`; 'svm': accuracy of a linear machine
         bins:int=20,     # Bins of factors with more levels, for 'svm'
+        coarse='auto',   # Factors in bins, see `factor_levels`, for 'svm'
         C:float=.01,     # Weight of the hinge, for 'svm'
         test:float=1/3,  # Share of held-out items, for 'svm'
         seed:int=0,      # Seed of that split
@@ -400,7 +403,7 @@ def sap(codes,           # Codes `(n, d)` or `Items`
     "Does one code, and no second one, predict each factor along a line?"
     if by not in ('auto', 'r2', 'svm'): raise ValueError(f"by is 'auto', 'r2' or 'svm', not {by!r}")
     items = read_items(codes, factors, **door)
-    R = svm_share(items, bins, C, test, seed) if by == 'svm' else variance_share(items, by)
+    R = svm_share(items, bins, coarse, C, test, seed) if by == 'svm' else variance_share(items, by)
     return _score(items, gap(R).mean(), gap(R), relation=R)
 
 # %% ../../nbs/60_evaluation.metrics.ipynb #6135ecea
