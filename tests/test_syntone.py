@@ -269,3 +269,20 @@ def test_the_gpu_makes_the_same_tones():
         rows = world.sample(300, make_generator(0))
         a, b = [world.render(rows, make_generator(1), d).cpu() for d in ('cpu', 'cuda')]
         assert (a - b).abs().max() < 1e-3
+
+
+def test_tables_are_worlds_too():
+    pd = pytest.importorskip('pandas')
+    from disentangle_nb.data.worlds import TableWorld
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame(dict(instrument=rng.choice(list('abc'), 90), midi=rng.integers(50, 60, 90), velocity=rng.choice([40, 80], 90)))
+    world = TableWorld(table, torch.arange(90.)[:, None].expand(90, 4), 100)
+    seen = {tuple(r) for r in world.grid().tolist()}
+    assert len(seen) == len(table.drop_duplicates()) and check_world(world) is world
+    clips, rows = world.batch(500, make_generator(0), dict(velocity=1))
+    told = table.iloc[clips[:, 0].long().numpy()]
+    assert (told.velocity == 80).all() and (world.values(rows, ['pitch'])[:, 0] == told.midi).all()
+    assert all(i == world['instrument'].levels[r] for i, r in zip(told.instrument, rows[:, 0]))
+    train, test = world.held_out('instrument', 'pitch', .2)
+    assert {tuple(r) for r in train.grid().tolist()} | {tuple(r) for r in test.grid().tolist()} == seen and len(train) + len(test) == len(seen)
+    with pytest.raises(WorldError, match='no clip'): world.render(torch.tensor([[0, 0, 0], *next([list(c)] for c in np.ndindex(3, 10, 2) if c not in seen)]))
