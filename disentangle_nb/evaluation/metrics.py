@@ -8,8 +8,8 @@ __all__ = ['Items', 'read_items', 'to_bins', 'factor_levels', 'count_tables', 'e
            'jemmig', 'dcimig', 'modularity', 'variance_share', 'svm_line', 'svm_share', 'sap', 'irs', 'draw_alike',
            'factor_vae_score', 'fit_logistic', 'beta_vae_score']
 
-# %% ../../nbs/60_evaluation.metrics.ipynb #4b2b84dc
-import difflib, math, warnings
+# %% ../../nbs/60_evaluation.metrics.ipynb #1aa6f4fc
+import difflib, math
 import numpy as np
 from dataclasses import dataclass, field
 
@@ -332,39 +332,41 @@ def variance_share(items:Items,    # Codes and factors
     live = var > 1e-12*np.maximum(1, np.abs(items.codes).max(0)**2)
     return np.clip(np.where(live, part/np.where(live, var, 1), 0), 0, 1)
 
-# %% ../../nbs/60_evaluation.metrics.ipynb #c8dc3d60
+# %% ../../nbs/60_evaluation.metrics.ipynb #daa12dee
 def _sums(x):
     "Running sums of 1, x and x² over sorted `x`, from 0."
     return np.concatenate([np.zeros((3, 1)), np.cumsum([np.ones_like(x), x, x*x], axis=1)], 1)
 
-def svm_line(x,              # Sorted code of the negative items `(n,)`
-             y,              # Sorted code of the positive items `(m,)`
+def _beyond(S, s, w, b, sign):
+    "Sums over the items of sorted `s` with sign*(w*s + b) < 1."
+    if w == 0: return S[:, -1] if sign*b < 1 else S[:, 0]
+    i = s.searchsorted((sign - b)/w)
+    return S[:, i] if sign*w > 0 else S[:, -1] - S[:, i]
+
+def svm_line(x,              # Sorted code of all items `(n,)`
+             y,              # Sorted code of the positive ones among them `(m,)`
              C:float=.01,    # Weight of a negative item's squared hinge
              Cy:float=.01,   # Weight of a positive one's
+             Sx=None,        # Running sums of `x`, where they are known
              steps:int=50,   # Newton steps at most
             )->tuple:        # Slope and offset
-    "The linear machine of two sets of numbers, slope and offset both penalised."
-    sides, w = ((_sums(x), x, -1, C), (_sums(y), y, 1, Cy)), np.zeros(2)
-    def side(w, S, s, sign):                                        # sums over items with sign*(w0*s + w1) < 1
-        if w[0] == 0: return S[:, -1] if sign*w[1] < 1 else S[:, 0]
-        i = np.searchsorted(s, (sign - w[1])/w[0])
-        return S[:, i] if sign*w[0] > 0 else S[:, -1] - S[:, i]
-    def look(w):                                                    # loss, gradient, curvature
-        loss, g, H = w @ w/2, w.copy(), np.eye(2)
-        for S, s, sign, c in sides:
-            n, a, b = side(w, S, s, sign); h, m = np.array([[b, a], [a, n]]), np.array([a, n])
-            loss += c*(n - 2*sign*(m @ w) + w @ h @ w); g += 2*c*(h @ w - sign*m); H += 2*c*h
-        return loss, g, H
-    loss, g, H = look(w)
+    "The linear machine that tells the positive items from the rest, slope and offset both penalised."
+    Sx, Sy = _sums(x) if Sx is None else Sx, _sums(y)
+    def look(w, b):                                                 # loss, gradient, curvature
+        n, p, q = (_beyond(Sx, x, w, b, -1) - _beyond(Sy, y, w, b, -1)).tolist()
+        m, r, t = _beyond(Sy, y, w, b, 1).tolist(); c, k, h = C*n + Cy*m, C*p + Cy*r, C*q + Cy*t
+        u, o = C*p - Cy*r, C*n - Cy*m                               # sums of -sign times x and 1
+        return (w*w + b*b)/2 + c + 2*(u*w + o*b) + h*w*w + 2*k*w*b + c*b*b, w + 2*(h*w + k*b + u), b + 2*(k*w + c*b + o), 1 + 2*h, 2*k, 1 + 2*c
+    w = b = 0.; loss, gw, gb, hh, hk, hc = look(w, b)
     for _ in range(steps):
-        step = np.linalg.solve(H, g); t = 1.
-        while (new := look(w - t*step))[0] > loss and t > 1e-6: t /= 2
-        w = w - t*step
-        if abs(loss - new[0]) <= 1e-12*abs(loss): break
-        loss, g, H = new
-    return w
+        det = hh*hc - hk*hk; dw, db, t = (hc*gw - hk*gb)/det, (hh*gb - hk*gw)/det, 1.
+        while (new := look(w - t*dw, b - t*db))[0] > loss and t > 1e-6: t /= 2
+        w, b, done = w - t*dw, b - t*db, abs(loss - new[0]) <= 1e-12*abs(loss)
+        if done: break
+        loss, gw, gb, hh, hk, hc = new
+    return w, b
 
-# %% ../../nbs/60_evaluation.metrics.ipynb #06a1d51d
+# %% ../../nbs/60_evaluation.metrics.ipynb #268032ca
 def _split(n, test, seed):
     "Rows to learn from and rows to be asked about."
     if not 0 < test < 1: raise ValueError(f"test is the share of held-out items, between 0 and 1; got {test}")
@@ -376,8 +378,9 @@ def _svm_accuracy(z, y, zt, yt, C):
     k, out = y.max() + 1, []
     weight = len(y)/(len(np.unique(y))*np.maximum(np.bincount(y, minlength=k), 1))
     for x, xt in zip(z.T, zt.T):
-        order = np.argsort(x); xs, ys = x[order], y[order]
-        W = np.array([svm_line(xs[ys != c], xs[ys == c], C, C*weight[c]) for c in range(k)])
+        order = np.lexsort((x, y)); parts = np.split(x[order], np.cumsum(np.bincount(y, minlength=k))[:-1])
+        xs = np.sort(x); Sx = _sums(xs)
+        W = np.array([svm_line(xs, part, C, C*wt, Sx) for part, wt in zip(parts, weight)])
         out.append(((xt[:, None]*W[:, 0] + W[:, 1]).argmax(1) == yt).mean() if x.std() > 1e-12 else 0.)
     return np.array(out)
 
@@ -424,7 +427,7 @@ def irs(codes,          # Codes `(n, d)` or `Items`
     if not live.any(): return _score(items, 0, codes=np.zeros(len(live)), relation=R, reason='every code is constant')
     return _score(items, np.average(R.max(0), weights=widest*live), codes=R.max(0), relation=R)
 
-# %% ../../nbs/60_evaluation.metrics.ipynb #0949a9a8
+# %% ../../nbs/60_evaluation.metrics.ipynb #4115c598
 def draw_alike(level,               # Levels `(n,)`, -1 where missing
                votes:int,           # Draws
                L:int,               # Items in each
@@ -436,7 +439,7 @@ def draw_alike(level,               # Levels `(n,)`, -1 where missing
     able = order[count[level[order]] > 1]
     if len(able) == 0: raise ValueError('no two items share a level: an intervention needs items that do; take fewer bins')
     lev = level[rng.choice(able, votes)][:, None]
-    return order[start[lev] + (rng.random((votes, L))*count[lev]).astype(np.int64)]
+    return order[start[lev] + (rng.random((votes, L), np.float32)*count[lev].astype(np.float32)).astype(np.int64)]
 
 def _games(levels, votes, L, rng, chunk=256):
     "Pieces (factor, rows `(m, L)`) of `votes` draws, the factor of each at random."
@@ -444,7 +447,7 @@ def _games(levels, votes, L, rng, chunk=256):
         rows = draw_alike(levels[:, j], m, L, rng)
         yield from ((j, rows[i:i + chunk]) for i in range(0, m, chunk))
 
-# %% ../../nbs/60_evaluation.metrics.ipynb #01b1de2f
+# %% ../../nbs/60_evaluation.metrics.ipynb #f65e17dc
 def _vote_levels(items, bins, coarse, fix):
     "Levels to draw by: of each factor, or of all others together."
     levels = factor_levels(items, bins, coarse=coarse)
@@ -468,7 +471,7 @@ def factor_vae_score(codes,                 # Codes `(n, d)` or `Items`
     "How often the code that keeps still gives away the factor that was fixed."
     items = read_items(codes, factors, **door); sd = items.codes.std(0, ddof=1); live = np.flatnonzero(sd > max(prune, 1e-12*np.abs(items.codes).max()))
     if len(live) == 0: return _score(items, 0, reason='every code is constant or pruned')
-    z, levels, rng = (items.codes[:, live] - items.codes[:, live].mean(0))/sd[live], _vote_levels(items, bins, coarse, fix), np.random.default_rng(seed)
+    z, levels, rng = ((items.codes[:, live] - items.codes[:, live].mean(0))/sd[live]).astype(np.float32), _vote_levels(items, bins, coarse, fix), np.random.default_rng(seed)
     def ballot(votes):
         tally = np.zeros((levels.shape[1], items.codes.shape[1]))
         for j, rows in _games(levels, votes, L, rng):
@@ -478,7 +481,15 @@ def factor_vae_score(codes,                 # Codes `(n, d)` or `Items`
     tally, fresh = ballot(votes), ballot(test_votes)
     return _score(items, fresh[tally.argmax(0), np.arange(fresh.shape[1])].sum()/test_votes, relation=tally)
 
-# %% ../../nbs/60_evaluation.metrics.ipynb #94eaebb7
+# %% ../../nbs/60_evaluation.metrics.ipynb #d0618328
+def _curvature(x, P, s, rows=1024):
+    "Second derivative of the logistic loss, `(k*p, k*p)`, in pieces that stay in the cache."
+    (n, p), k = x.shape, P.shape[1]; H, x = np.zeros((k*p, k*p)), np.sqrt(s)[:, None]*x
+    for i in range(0, n, rows):
+        xi = x[i:i + rows]; U = (P[i:i + rows, :, None]*xi[:, None, :]).reshape(len(xi), -1); D = xi.T @ U; H -= U.T @ U
+        for c in range(0, k*p, p): H[c:c + p, c:c + p] += D[:, c:c + p]
+    return H
+
 def fit_logistic(x,             # Inputs `(n, d)`
                  y,             # Classes `(n,)`, numbers from 0
                  k:int,         # Number of classes
@@ -495,10 +506,8 @@ def fit_logistic(x,             # Inputs `(n, d)`
         return (s*(np.log(total) - t[np.arange(n), y])).sum() + (pen*W*W).sum()/2, e/total[:, None]
     loss, P = look(W)
     for _ in range(steps):
-        g = x.T @ (s[:, None]*(P - Y)) + pen*W
-        U = ((P*np.sqrt(s)[:, None])[:, :, None]*x[:, None, :]).reshape(n, k*p)
-        H = -U.T @ U; D = (x*np.sqrt(s)[:, None]).T @ U
-        for c in range(k): H[c*p:(c + 1)*p, c*p:(c + 1)*p] += D[:, c*p:(c + 1)*p] + np.diag(pen[:, 0])
+        g, H = x.T @ (s[:, None]*(P - Y)) + pen*W, _curvature(x, P, s)
+        for c in range(k): H[c*p:(c + 1)*p, c*p:(c + 1)*p] += np.diag(pen[:, 0])
         step = np.linalg.solve(H, g.T.ravel()).reshape(k, p).T; t = 1.
         while (new := look(W - t*step))[0] > loss and t > 1e-4: t /= 2
         W = W - t*step; done = loss - new[0] <= 1e-9*max(loss, 1e-9*n); loss, P = new
