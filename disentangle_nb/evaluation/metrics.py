@@ -13,7 +13,7 @@ import difflib, math
 import numpy as np
 from dataclasses import dataclass, field
 
-# %% ../../nbs/60_evaluation.metrics.ipynb #791f39e2
+# %% ../../nbs/60_evaluation.metrics.ipynb #bc5ba672
 @dataclass(frozen=True)
 class Items:
     "Codes and factors that went through the door: see `read_items`."
@@ -31,11 +31,11 @@ class Items:
 
     def swap(self):
         "Codes in the place of factors and factors in the place of codes, all of them numbers: the published mistake."
-        if np.isnan(self.values).any(): raise ValueError('items with missing labels can not be swapped: codes are never missing; leave them out')
+        if np.isnan(self.values).any(): raise ValueError('codes are never missing, so items with missing labels can not be swapped; leave them out')
         names = tuple(f'code {i}' for i in range(self.codes.shape[1]))
         return read_items(self.values, dict(zip(names, self.codes.T)), kinds='continuous')
 
-# %% ../../nbs/60_evaluation.metrics.ipynb #280ca295
+# %% ../../nbs/60_evaluation.metrics.ipynb #5b329f0a
 def _index(v):
     "Level numbers of `v` from 0, -1 where NaN; whole numbers of a small range are counted instead of sorted."
     known = ~np.isnan(v); out = np.full(len(v), -1); x = v[known]
@@ -51,16 +51,18 @@ def _column(name, x, kind, missing):
     if not isinstance(x, np.ndarray) or x.dtype.kind not in 'iufb': x = pd.Series(x)
     if x.dtype.kind in 'iuf' and isinstance(x.dtype, np.dtype):
         v = np.array(x, float)
-        if np.isinf(v).any(): raise ValueError(f"factor {name!r} is infinite in {np.isinf(v).sum()} items; mark them as missing (NaN)")
+        endless = np.isinf(v).sum()
+        if endless: raise ValueError(f"factor {name!r} is infinite in {endless} items; mark them as missing (NaN)")
         if x.dtype.kind in 'iu' and missing is not None: v[v == missing] = np.nan
         i = _index(v)
         return v, i, kind or ('ordinal' if x.dtype.kind in 'iu' or i.max() < 20 else 'continuous')
     i, levels = pd.factorize(x, sort=False)
-    if x.dtype == object and len(levels) and all(isinstance(u, (int, float, np.number)) and not isinstance(u, bool) for u in levels):
+    numbers = [isinstance(u, (int, float, np.number)) and not isinstance(u, bool) for u in levels]
+    if x.dtype == object and numbers and all(numbers):
         raise ValueError(f"factor {name!r} holds numbers as dtype object; convert it to float or int first")
     return np.where(i < 0, np.nan, i), np.asarray(i), kind or 'nominal'
 
-# %% ../../nbs/60_evaluation.metrics.ipynb #e9484d10
+# %% ../../nbs/60_evaluation.metrics.ipynb #5a073079
 def _columns(factors, names):
     "Factors as `{name: column}`; `names` selects from a table and names the columns of an array."
     if isinstance(factors, dict) or hasattr(factors, 'columns'):
@@ -72,7 +74,8 @@ def _columns(factors, names):
     x = factors.detach().cpu().numpy() if hasattr(factors, 'detach') else np.asarray(factors)
     if x.ndim == 1: x = x[:, None]
     if x.ndim != 2: raise ValueError(f"factors have shape {x.shape}; expected (n, k), or a table with one column a factor")
-    if names and len(names) != x.shape[1]: raise ValueError(f"{len(names)} names {list(names)} for factors of shape {x.shape}: are codes and factors swapped?")
+    if names and len(names) != x.shape[1]:
+        raise ValueError(f"{len(names)} names {list(names)} for factors of shape {x.shape}: are codes and factors swapped?")
     return dict(zip(names or [f'factor {i}' for i in range(x.shape[1])], x.T))
 
 def _codes(codes):
@@ -81,42 +84,56 @@ def _codes(codes):
     if z.dtype.kind not in 'iufb': raise ValueError(f"codes are of dtype {z.dtype}; expected numbers of shape (n, d)")
     z = (z[:, None] if z.ndim == 1 else z).astype(float)
     if z.ndim != 2 or z.size == 0: raise ValueError(f"codes have shape {z.shape}; expected (n, d), neither of them 0")
-    bad = ~np.isfinite(z)
-    if bad.any(): raise ValueError(f"codes are NaN or infinite in {bad.any(1).sum()} items, columns {np.flatnonzero(bad.any(0)).tolist()}; mend the model or leave these items out")
+    bad = ~np.isfinite(z); items, columns = bad.any(1).sum(), np.flatnonzero(bad.any(0)).tolist()
+    if items: raise ValueError(f"codes are NaN or infinite in {items} items, columns {columns}; mend the model or leave these items out")
     return z
 
-# %% ../../nbs/60_evaluation.metrics.ipynb #fd935dcb
+# %% ../../nbs/60_evaluation.metrics.ipynb #be25630a
+def _kinds(kinds, cols):
+    "Kinds by name."
+    if kinds is None or isinstance(kinds, str): kinds = [kinds]*len(cols)
+    if not isinstance(kinds, dict):
+        if len(kinds) != len(cols): raise ValueError(f"{len(kinds)} kinds {list(kinds)} for {len(cols)} factors {list(cols)}")
+        kinds = dict(zip(cols, kinds))
+    for k, kind in kinds.items():
+        if k not in cols: raise ValueError(f"a kind is given for {k!r}, which is not among the factors {list(cols)}")
+        if kind not in (None, 'nominal', 'ordinal', 'continuous'):
+            raise ValueError(f"factor {k!r} can't be {kind!r}; choose nominal, ordinal or continuous")
+    return kinds
+
+def _once(codes, factors):
+    "`codes`, if factors are not given a second time."
+    if factors is not None: raise ValueError(f"factors are given, and {type(codes).__name__} holds some already; leave them out")
+    return codes
+
 def read_items(codes,          # Codes `(n, d)`, or `Items`, which pass unchanged
                factors=None,   # Factors: array `(n, k)`, DataFrame or dict of columns
                names=None,     # Factors to use from a table, or names for the columns of an array
-               kinds=None,     # 'nominal', 'ordinal' or 'continuous': one for all, a sequence, or a dict by name; read off if not given
+               kinds=None,     # 'nominal', 'ordinal' or 'continuous': one for all, one each, or a dict by name; read off if not given
                missing=-1,     # Value that marks a missing label in integer columns; None for no such value
               )->Items:        # What every metric works on
     "Check codes and factors, and sort out kinds, missing labels and constant factors."
-    if isinstance(codes, Items): return codes
+    if isinstance(codes, Items): return _once(codes, factors)
     if factors is None: raise ValueError('factors are missing: metrics compare codes (n, d) with factors (n, k)')
     z, cols = _codes(codes), _columns(factors, names)
-    kinds = kinds if isinstance(kinds, dict) else dict(zip(cols, [kinds]*len(cols) if kinds is None or isinstance(kinds, str) else kinds))
-    for k in kinds:
-        if k not in cols: raise ValueError(f"a kind is given for {k!r}, which is not among the factors {list(cols)}")
-        if kinds[k] not in (None, 'nominal', 'ordinal', 'continuous'): raise ValueError(f"factor {k!r} can't be {kinds[k]!r}; choose nominal, ordinal or continuous")
+    kinds = _kinds(kinds, cols)
     for k, x in cols.items():
         if len(x) != len(z): raise ValueError(f"{len(z)} codes and {len(x)} labels of {k!r}: both need one row an item")
     read = {k: _column(k, x, kinds.get(k), missing) for k, x in cols.items()}
     constant = tuple(k for k, (_, i, _) in read.items() if i.max() < 1)
     read = {k: r for k, r in read.items() if k not in constant}
-    if not read: raise ValueError(f"no factor varies: {list(constant)} have one level or no label; a score needs at least two levels")
+    if not read: raise ValueError(f"no factor varies: {list(constant)} have one level or no label; a score needs two levels at least")
     v, i, kind = zip(*read.values())
     return Items(z, np.stack(v, 1), np.stack(i, 1), tuple(read), kind, constant)
 
-# %% ../../nbs/60_evaluation.metrics.ipynb #33bb0ee8
+# %% ../../nbs/60_evaluation.metrics.ipynb #16f5bbe6
 def to_bins(x,                  # Columns `(n, d)`
             bins:int=20,        # Bins
             how:str='width',    # 'width' for equal width, 'count' for equally many items
            )->np.ndarray:       # Bin numbers `(n, d)`, 0 to `bins - 1`
     "Put every column into bins of its own."
     if how not in ('width', 'count'): raise ValueError(f"bins are of equal 'width' or equal 'count', not {how!r}")
-    if len(x) < bins or bins < 2: raise ValueError(f"{bins} bins for {len(x)} items: take at least 2 bins, and no more bins than items")
+    if len(x) < bins or bins < 2: raise ValueError(f"{bins} bins for {len(x)} items: take 2 bins or more, and no more than items")
     if how == 'count':
         q = np.quantile(x, np.arange(1, bins)/bins, axis=0)
         return np.stack([np.searchsorted(e, c, side='right') for e, c in zip(q.T, x.T)], 1)
@@ -126,11 +143,11 @@ def to_bins(x,                  # Columns `(n, d)`
     i -= (x < edges[i, cols]); i += (x >= edges[i + 1, cols]) & (i < bins - 1)
     return i
 
-# %% ../../nbs/60_evaluation.metrics.ipynb #ebb9c3e4
+# %% ../../nbs/60_evaluation.metrics.ipynb #b2d65039
 def factor_levels(items:Items,        # Codes and factors
                   bins:int=20,        # Bins for factors that need them
                   how:str='width',    # Kind of bins, see `to_bins`
-                  coarse:str='auto',  # Factors in bins: 'auto' (numbers with more levels than bins), 'none' (continuous ones only), 'all'
+                  coarse:str='auto',  # In bins: 'auto' (numbers with more levels than bins), 'none' (continuous only), 'all'
                  )->np.ndarray:       # Level numbers `(n, k)`, -1 where missing
     "Levels of every factor, few enough to count."
     if coarse not in ('auto', 'none', 'all'): raise ValueError(f"coarse is 'auto', 'none' or 'all', not {coarse!r}")
@@ -183,7 +200,7 @@ class Information:
         h = self.hv[..., :, None] if norm == 'factor' else self.hz[..., None, :]
         return np.divide(self.mi, h, out=np.zeros_like(self.mi), where=np.broadcast_to(h, self.mi.shape) > 1e-12)
 
-# %% ../../nbs/60_evaluation.metrics.ipynb #54dcf1b0
+# %% ../../nbs/60_evaluation.metrics.ipynb #13380327
 def measure(tables:list,         # Counts of `count_tables`, the last one for a factor with a single level
             items:Items,         # What was counted
             bins:int=20,         # Bins of the codes
@@ -208,7 +225,7 @@ def information(codes,               # Codes `(n, d)`, `Items`, or `Information`
                 correct:bool=False,  # Miller and Madow's correction
                 **door):             # Passed to `read_items`
     "What every code tells of every factor, from binned counts."
-    if isinstance(codes, Information): return codes
+    if isinstance(codes, Information): return _once(codes, factors)
     items = read_items(codes, factors, **door); z, v = binned(items, bins, how, coarse)
     one = measure(count_tables(z, v, bins), items, bins, correct)
     return Information(one.mi[0], one.joint[0], one.hv[0], one.hz[0], items, bins)
@@ -247,7 +264,7 @@ def completeness(R,                  # Importance `(k, d)`
     w = R.sum(1); c = np.where(w > 0, 1 - _spread(R, 1), 0)
     return 0. if w.sum() == 0 else float((c*w).sum()/w.sum() if weighted else c.mean())
 
-# %% ../../nbs/60_evaluation.metrics.ipynb #6f8010dc
+# %% ../../nbs/60_evaluation.metrics.ipynb #14c01f84
 @dataclass(frozen=True)
 class Score:
     "One score, and what it is made of."
@@ -262,7 +279,8 @@ class Score:
 def _score(items, value, factors=None, reason='', **kw):
     "A `Score` with names, and with what the door left out."
     left = [f"{list(items.constant)} left out: one level"]*bool(items.constant)
-    named = {} if factors is None or np.ndim(factors) > 1 else {**dict(zip(items.names, np.asarray(factors).tolist())), **dict.fromkeys(items.constant, math.nan)}
+    named = {} if factors is None or np.ndim(factors) > 1 else dict(zip(items.names, np.asarray(factors).tolist()))
+    if named: named.update(dict.fromkeys(items.constant, math.nan))
     if np.ndim(value) == 0: value = float(value)
     if 'parts' in kw: kw['parts'] = {k: float(v) for k, v in kw['parts'].items()}
     return Score(value, factors=named, reason='; '.join(left + [reason]*bool(reason)), **kw)
@@ -298,7 +316,7 @@ def jemmig(codes,         # Codes `(n, d)`, `Items` or `Information`
     each = 1 - (joint - gap(info.mi))/(info.hv + math.log(info.bins))
     return _score(info.items, each.mean(-1), each, relation=info.mi)
 
-# %% ../../nbs/60_evaluation.metrics.ipynb #8114c3d7
+# %% ../../nbs/60_evaluation.metrics.ipynb #198a936f
 def dcimig(codes,         # Codes `(n, d)`, `Items` or `Information`
            factors=None,  # Factors, see `read_items`
            **kw           # Passed to `information`
@@ -315,7 +333,8 @@ def modularity(codes,         # Codes `(n, d)`, `Items` or `Information`
               )->Score:       # 0 to 1; NaN with a single factor
     "How small all other factors are in each code, next to its best one."
     info = information(codes, factors, **kw); each = modularity_ratio(info.mi)
-    return _score(info.items, each.mean(-1), codes=each, relation=info.mi, reason='modularity needs two factors'*(info.mi.shape[-2] < 2))
+    why = 'modularity needs two factors'*(info.mi.shape[-2] < 2)
+    return _score(info.items, each.mean(-1), codes=each, relation=info.mi, reason=why)
 
 # %% ../../nbs/60_evaluation.metrics.ipynb #be6012e7
 def variance_share(items:Items,    # Codes and factors
@@ -332,7 +351,7 @@ def variance_share(items:Items,    # Codes and factors
     live = var > 1e-12*np.maximum(1, np.abs(items.codes).max(0)**2)
     return np.clip(np.where(live, part/np.where(live, var, 1), 0), 0, 1)
 
-# %% ../../nbs/60_evaluation.metrics.ipynb #daa12dee
+# %% ../../nbs/60_evaluation.metrics.ipynb #9fd88688
 def _sums(x):
     "Running sums of 1, x and x² over sorted `x`, from 0."
     return np.concatenate([np.zeros((3, 1)), np.cumsum([np.ones_like(x), x, x*x], axis=1)], 1)
@@ -356,7 +375,8 @@ def svm_line(x,              # Sorted code of all items `(n,)`
         n, p, q = (_beyond(Sx, x, w, b, -1) - _beyond(Sy, y, w, b, -1)).tolist()
         m, r, t = _beyond(Sy, y, w, b, 1).tolist(); c, k, h = C*n + Cy*m, C*p + Cy*r, C*q + Cy*t
         u, o = C*p - Cy*r, C*n - Cy*m                               # sums of -sign times x and 1
-        return (w*w + b*b)/2 + c + 2*(u*w + o*b) + h*w*w + 2*k*w*b + c*b*b, w + 2*(h*w + k*b + u), b + 2*(k*w + c*b + o), 1 + 2*h, 2*k, 1 + 2*c
+        loss = (w*w + b*b)/2 + c + 2*(u*w + o*b) + h*w*w + 2*k*w*b + c*b*b
+        return loss, w + 2*(h*w + k*b + u), b + 2*(k*w + c*b + o), 1 + 2*h, 2*k, 1 + 2*c
     w = b = 0.; loss, gw, gb, hh, hk, hc = look(w, b)
     for _ in range(steps):
         det = hh*hc - hk*hk; dw, db, t = (hc*gw - hk*gb)/det, (hh*gb - hk*gw)/det, 1.
@@ -409,7 +429,7 @@ def sap(codes,           # Codes `(n, d)` or `Items`
     R = svm_share(items, bins, coarse, C, test, seed) if by == 'svm' else variance_share(items, by)
     return _score(items, gap(R).mean(), gap(R), relation=R)
 
-# %% ../../nbs/60_evaluation.metrics.ipynb #6135ecea
+# %% ../../nbs/60_evaluation.metrics.ipynb #61d0a396
 def irs(codes,          # Codes `(n, d)` or `Items`
         factors=None,   # Factors, see `read_items`
         q:float=.99,    # Quantile of the deviations; the paper has 1
@@ -419,7 +439,8 @@ def irs(codes,          # Codes `(n, d)` or `Items`
        )->Score:        # 0 to 1; not 0 for noise
     "How still each code keeps while its factor does and all others move."
     items = read_items(codes, factors, **door); z = items.codes
-    widest = np.abs(z - z.mean(0)).max(0); live = widest > 1e-12*np.maximum(1, np.abs(z).max(0)); R = np.zeros((len(items.names), len(live)))
+    widest = np.abs(z - z.mean(0)).max(0); live = widest > 1e-12*np.maximum(1, np.abs(z).max(0))
+    R = np.zeros((len(items.names), len(live)))
     for j, v in enumerate(factor_levels(items, bins, coarse=coarse).T):
         groups = [z[v == u] for u in np.unique(v[v >= 0])]
         moved = np.mean([np.quantile(np.abs(g - g.mean(0)), q, axis=0) for g in groups], axis=0)
@@ -447,7 +468,7 @@ def _games(levels, votes, L, rng, chunk=256):
         rows = draw_alike(levels[:, j], m, L, rng)
         yield from ((j, rows[i:i + chunk]) for i in range(0, m, chunk))
 
-# %% ../../nbs/60_evaluation.metrics.ipynb #f65e17dc
+# %% ../../nbs/60_evaluation.metrics.ipynb #cab46f1d
 def _vote_levels(items, bins, coarse, fix):
     "Levels to draw by: of each factor, or of all others together."
     levels = factor_levels(items, bins, coarse=coarse)
@@ -469,11 +490,12 @@ def factor_vae_score(codes,                 # Codes `(n, d)` or `Items`
                      **door                 # Passed to `read_items`
                     )->Score:               # Accuracy; chance is 1/k
     "How often the code that keeps still gives away the factor that was fixed."
-    items = read_items(codes, factors, **door); sd = items.codes.std(0, ddof=1); live = np.flatnonzero(sd > max(prune, 1e-12*np.abs(items.codes).max()))
+    items = read_items(codes, factors, **door); z, rng = items.codes, np.random.default_rng(seed)
+    sd = z.std(0, ddof=1); live = np.flatnonzero(sd > max(prune, 1e-12*np.abs(z).max()))
     if len(live) == 0: return _score(items, 0, reason='every code is constant or pruned')
-    z, levels, rng = ((items.codes[:, live] - items.codes[:, live].mean(0))/sd[live]).astype(np.float32), _vote_levels(items, bins, coarse, fix), np.random.default_rng(seed)
+    z, levels = ((z[:, live] - z[:, live].mean(0))/sd[live]).astype(np.float32), _vote_levels(items, bins, coarse, fix)
     def ballot(votes):
-        tally = np.zeros((levels.shape[1], items.codes.shape[1]))
+        tally = np.zeros((levels.shape[1], len(sd)))
         for j, rows in _games(levels, votes, L, rng):
             x = z[rows]; var = (np.einsum('vld,vld->vd', x, x) - x.sum(1)**2/L)/(L - 1)
             np.add.at(tally[j], live[var.argmin(1) if fix == 'one' else var.argmax(1)], 1)

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['auc', 'explicitness', 'dci', 'knn_information', 'infomec', 'capacity_explicitness', 'shuffle_importance', 'dci_es']
 
-# %% ../../nbs/60a_evaluation.predictors.ipynb #1a478b62
+# %% ../../nbs/60a_evaluation.predictors.ipynb #e2ef7e2c
 import math
 import numpy as np
-from .metrics import (Score, completeness, disentanglement, factor_levels, fit_logistic, information, read_items, _score, _split)
+from .metrics import Score, completeness, disentanglement, factor_levels, fit_logistic, information, read_items, _score, _split
 
 # %% ../../nbs/60a_evaluation.predictors.ipynb #c3ff3027
 def auc(scores,  # Scores `(n, m)`
@@ -55,7 +55,7 @@ def explicitness(codes,               # Codes `(n, d)` or `Items`
     each = np.array(each)*(2 if rescale else 1) - (1 if rescale else 0)
     return _score(items, each.mean(), each)
 
-# %% ../../nbs/60a_evaluation.predictors.ipynb #23acbdb8
+# %% ../../nbs/60a_evaluation.predictors.ipynb #3d7f145a
 def _gains(model, d):
     "Total gain of each code over all splits of histogram-boosted trees."
     g = np.zeros(d)
@@ -74,10 +74,10 @@ def _share_copies(size, x):
 def _trees(predictor, exact, levels, trees, seed):
     "An untrained tree predictor of levels or of numbers."
     import sklearn.ensemble as e
-    if predictor == 'forest': return (e.RandomForestClassifier if levels else e.RandomForestRegressor)(trees, max_features=1., min_samples_leaf=2, random_state=seed)
-    if exact: return (e.GradientBoostingClassifier if levels else e.GradientBoostingRegressor)(n_estimators=trees, random_state=seed)
-    return (e.HistGradientBoostingClassifier if levels else e.HistGradientBoostingRegressor)(
-        max_iter=trees, max_depth=3, min_samples_leaf=5, early_stopping=False, random_state=seed)
+    end = 'Classifier' if levels else 'Regressor'
+    if predictor == 'forest': return getattr(e, 'RandomForest' + end)(trees, max_features=1., min_samples_leaf=2, random_state=seed)
+    if exact: return getattr(e, 'GradientBoosting' + end)(n_estimators=trees, random_state=seed)
+    return getattr(e, 'HistGradientBoosting' + end)(max_iter=trees, max_depth=3, min_samples_leaf=5, early_stopping=False, random_state=seed)
 
 def _lasso(x, y, xt, yt, levels):
     "Size of the lasso's slopes on standardised codes, and its held-out R²; levels are one column each."
@@ -91,7 +91,7 @@ def _lasso(x, y, xt, yt, levels):
         size += np.abs(fit.coef_); r2.append(1 - ((fit.predict(xt) - b)**2).mean()/max(b.var(), 1e-12))
     return size/len(cols), np.mean(r2)
 
-# %% ../../nbs/60a_evaluation.predictors.ipynb #b26cbe56
+# %% ../../nbs/60a_evaluation.predictors.ipynb #a78880e3
 def _predict(x, y, xt, yt, levels, predictor, exact, trees, seed):
     "Importance of each code, and held-out accuracy or R²."
     if predictor == 'lasso': return _lasso(x, y, xt, yt, levels)
@@ -117,11 +117,11 @@ def dci(codes,                     # Codes `(n, d)` or `Items`
        )->Score:                   # Parts `D`, `C` and `I`; `value` is `D`
     "Which codes a predictor of each factor leans on, and how well it does."
     if predictor not in ('boosting', 'forest', 'lasso'): raise ValueError(f"predictor is 'boosting', 'forest' or 'lasso', not {predictor!r}")
-    items = read_items(codes, factors, **door); train, held = _split(len(items.codes), test, seed); R, I = [], []
+    items = read_items(codes, factors, **door); z, rows = items.codes, _split(len(items.codes), test, seed); R, I = [], []
     for j in range(len(items.names)):
-        y, levels = _targets(items, j, most, predictor == 'lasso'); a, b = (r[items.index[r, j] >= 0] for r in (train, held))
-        one = len(np.unique(y[a])) < 2 or len(b) == 0
-        size, hit = (np.zeros(items.codes.shape[1]), np.nan) if one else _predict(items.codes[a], y[a], items.codes[b], y[b], levels, predictor, exact, trees, seed)
+        y, levels = _targets(items, j, most, predictor == 'lasso'); a, b = (r[items.index[r, j] >= 0] for r in rows)
+        able = len(np.unique(y[a])) > 1 and len(b) > 0              # else there is nothing to learn, or nobody to ask
+        size, hit = _predict(z[a], y[a], z[b], y[b], levels, predictor, exact, trees, seed) if able else (np.zeros(z.shape[1]), np.nan)
         R.append(size); I.append(hit)
     R, I = np.array(R), np.array(I); D = disentanglement(R)
     return _score(items, D, I, parts=dict(D=D, C=completeness(R, weighted), I=I.mean()), relation=R,
@@ -149,14 +149,14 @@ def knn_information(x,               # Code `(n,)`
     hi -= s[hi - 1] - x > radius; lo += x - s[lo] > radius          # sums round, differences of neighbours don't
     return max(0., float(digamma(len(x)) + (digamma(k[y]) - digamma(count[y]) - digamma(hi - lo)).mean()))
 
-# %% ../../nbs/60a_evaluation.predictors.ipynb #c7f91953
+# %% ../../nbs/60a_evaluation.predictors.ipynb #162632be
 def _usable(items, levels, j, C, rows):
     "Share of the entropy of factor `j` that a balanced linear classifier removes."
     x, y, xt, yt = _known(items, levels, j, *rows); x, xt = _standard(x, xt); m = levels[:, j].max() + 1
     count = np.bincount(y, minlength=m); weight = (len(y)/(count > 0).sum()/np.maximum(count, 1))[y]
     t = np.c_[xt, np.ones(len(xt))] @ fit_logistic(x, y, m, C, weight)
     t = t - t.max(1, keepdims=True); loss = np.log(np.exp(t).sum(1)) - t[np.arange(len(yt)), yt]
-    return 1 - np.bincount(yt, loss, minlength=m)[np.unique(yt)].dot(1/np.bincount(yt)[np.unique(yt)])/len(np.unique(yt))/math.log((count > 0).sum())
+    return 1 - np.mean([loss[yt == c].mean() for c in np.unique(yt)])/math.log((count > 0).sum())
 
 def _shares(R, axis):
     "Mean share of the largest entry along `axis`, scaled so that even spreading is 0."
@@ -178,32 +178,34 @@ def infomec(codes,              # Codes `(n, d)` or `Items`
             **door              # Passed to `read_items`
            )->Score:            # Parts `InfoM`, `InfoE` and `InfoC`; `value` is `InfoM`
     "Modularity, explicitness and compactness in shares of information."
-    items = read_items(codes, factors, **door); levels = factor_levels(items, bins, coarse=coarse); rng = np.random.default_rng(seed)
-    z, wide = items.codes, np.ptp(items.codes, axis=0); live = np.flatnonzero((wide > prune*wide.max()) & (wide > 0)); h = information(items, bins=bins, coarse=coarse).hv
+    items = read_items(codes, factors, **door); z, rng = items.codes, np.random.default_rng(seed)
+    levels, h = factor_levels(items, bins, coarse=coarse), information(items, bins=bins, coarse=coarse).hv
+    wide = np.ptp(z, axis=0); live = np.flatnonzero((wide > prune*wide.max()) & (wide > 0))
     R = np.zeros((len(h), z.shape[1]))
     for j, y in enumerate(levels.T):
         R[j, live] = [knn_information(x, y, neighbours, seed)/h[j] for x in z[:, live].T]
         null = [knn_information(x, rng.permutation(y), neighbours, seed)/h[j] for x in z[:, live].T for _ in range(shuffles)]
         R[j, R[j] <= 2*max(null, default=-1)] = 0                   # twice, for the luck of few shuffles
-    used = R[:, [d for d in live if R[:, d].any() or not shuffles]]; rows = _split(len(z), test, seed) if held_out else (np.arange(len(z)),)*2
+    used = R[:, [d for d in live if R[:, d].any() or not shuffles]]; out = z.shape[1] - used.shape[1]
+    rows = _split(len(z), test, seed) if held_out else (np.arange(len(z)),)*2
     E = np.array([_usable(items, levels, j, C, rows) for j in range(len(h))])
     M, Cc = (_shares(used, 0), _shares(used, 1)) if used.any() else (0., 0.)
     if len(h) < 2: M = math.nan
     return _score(items, M, E, parts=dict(InfoM=M, InfoE=E.mean(), InfoC=Cc), relation=R,
-                  reason=f'{z.shape[1] - used.shape[1]} codes out of use'*(used.shape[1] < z.shape[1]) + '; InfoM needs two factors'*(len(h) < 2))
+                  reason='; '.join([f'{out} codes out of use']*(out > 0) + ['InfoM needs two factors']*(len(h) < 2)))
 
-# %% ../../nbs/60a_evaluation.predictors.ipynb #9033de43
+# %% ../../nbs/60a_evaluation.predictors.ipynb #7447029a
 def capacity_explicitness(capacity,        # Rising capacities `(c,)`
                           loss,            # Loss of each probe `(c,)`
                           baseline:float,  # Loss of a guess
                          )->float:         # -1 to 1
     "How early along the capacities the loss is as low as it gets."
     kappa, low = np.asarray(capacity, float), np.minimum.accumulate(np.asarray(loss, float))
-    if len(kappa) < 2 or (np.diff(kappa) <= 0).any(): raise ValueError(f"capacities must rise and be at least two; got {kappa.tolist()}")
+    if len(kappa) < 2 or (np.diff(kappa) <= 0).any(): raise ValueError(f"capacities must rise, and there must be two; got {kappa.tolist()}")
     area = (np.diff(kappa)*(low[1:] + low[:-1])/2).sum() - low[-1]*(kappa[-1] - kappa[0])
     return float(1 - 2*area/((kappa[-1] - kappa[0])*baseline))
 
-# %% ../../nbs/60a_evaluation.predictors.ipynb #0282351e
+# %% ../../nbs/60a_evaluation.predictors.ipynb #256b2e4f
 def _waves(x, y, width, levels, seed, C=100.):
     "A linear fit on `width` random waves of standardised codes; returns a scorer of (codes, targets)."
     rng = np.random.default_rng(seed); mu, sd = x.mean(0), np.maximum(x.std(0), 1e-9)
@@ -219,7 +221,8 @@ def _probe(kind, size, x, y, levels, trees, seed):
     "Fit one probe; returns a scorer of (codes, targets)."
     if kind == 'waves': return _waves(x, y, size, levels, seed)
     import sklearn.ensemble as e
-    return (e.RandomForestClassifier if levels else e.RandomForestRegressor)(trees, max_depth=size, random_state=seed).fit(x, y).score
+    forest = e.RandomForestClassifier if levels else e.RandomForestRegressor
+    return forest(trees, max_depth=size, random_state=seed).fit(x, y).score
 
 def shuffle_importance(score, x, y, seed=0, repeats=3):
     "What `score(x, y)` loses when one code at a time is shuffled, `(d,)`, never below 0."
@@ -229,7 +232,7 @@ def shuffle_importance(score, x, y, seed=0, repeats=3):
             other = x.copy(); other[:, d] = rng.permutation(other[:, d]); lost[d] += (full - score(other, y))/repeats
     return np.maximum(lost, 0)
 
-# %% ../../nbs/60a_evaluation.predictors.ipynb #cc605d1d
+# %% ../../nbs/60a_evaluation.predictors.ipynb #03b9b00c
 def dci_es(codes,                  # Codes `(n, d)` or `Items`
            factors=None,           # Factors, see `read_items`
            probe:str='forest',     # 'forest' or 'waves'
@@ -242,14 +245,14 @@ def dci_es(codes,                  # Codes `(n, d)` or `Items`
           )->Score:                # Parts `E`, `S`, `I`, `D`, `C`; `value` is `E`
     "How little capacity it takes to read the factors, and D, C and I of the best probe of each."
     if probe not in ('forest', 'waves'): raise ValueError(f"probe is 'forest' or 'waves', not {probe!r}")
-    sizes = sizes or ((1, 2, 3, 4, 8, 12, 16, 32) if probe == 'forest' else (16, 64, 256, 1024)); kappa = np.log(sizes) if probe == 'waves' else sizes
-    items = read_items(codes, factors, **door); train, held = _split(len(items.codes), test, seed); E, I, R = [], [], []
+    sizes = sizes or dict(forest=(1, 2, 3, 4, 8, 12, 16, 32), waves=(16, 64, 256, 1024))[probe]
+    kappa = np.log(sizes) if probe == 'waves' else sizes
+    items = read_items(codes, factors, **door); z, rows = items.codes, _split(len(items.codes), test, seed); E, I, R = [], [], []
     for j in range(len(items.names)):
-        y, levels = _targets(items, j, most); a, b = (r[items.index[r, j] >= 0] for r in (train, held))
-        xt, yt = items.codes[b], y[b]
-        fits = [_probe(probe, s, items.codes[a], y[a], levels, trees, seed) for s in sizes]; hits = [f(xt, yt) for f in fits]; best = int(np.argmax(hits))
+        y, levels = _targets(items, j, most); a, b = (r[items.index[r, j] >= 0] for r in rows)
+        fits = [_probe(probe, s, z[a], y[a], levels, trees, seed) for s in sizes]
+        hits = [f(z[b], y[b]) for f in fits]; best = int(np.argmax(hits))
         E.append(capacity_explicitness(kappa, 1 - np.array(hits), 1 - 1/(items.index[:, j].max() + 1) if levels else 1.))
-        I.append(hits[best]); R.append(shuffle_importance(fits[best], xt, yt, seed))
-    R, E = np.array(R), np.array(E)
-    S = len(R)/R.shape[1]
-    return _score(items, E.mean(), E, parts=dict(E=E.mean(), S=S, I=np.mean(I), D=disentanglement(R), C=completeness(R)), relation=R)
+        I.append(hits[best]); R.append(shuffle_importance(fits[best], z[b], y[b], seed))
+    R, E = np.array(R), np.array(E); parts = dict(E=E.mean(), S=len(R)/R.shape[1], I=np.mean(I))
+    return _score(items, E.mean(), E, parts=dict(parts, D=disentanglement(R), C=completeness(R)), relation=R)

@@ -7,13 +7,13 @@ __all__ = ['METRICS', 'BINNED', 'QUICK', 'ASKS', 'CONVENTIONS', 'THEORY', 'TOLER
            'null_information', 'spread', 'halves', 'perfect_code', 'score', 'score_table', 'sanity_cases',
            'check_metric', 'udr']
 
-# %% ../../nbs/60b_evaluation.scores.ipynb #f7d5b4f0
+# %% ../../nbs/60b_evaluation.scores.ipynb #f7d0f633
 import inspect, math
 import numpy as np
 from dataclasses import replace
 from ..core import progress
-from .metrics import (Information, beta_vae_score, binned, count_tables, dcimig, factor_vae_score, information, irs, jemmig, measure,
-                                               mig, mig_sup, modularity, read_items, sap)
+from .metrics import (Information, beta_vae_score, binned, count_tables, dcimig, factor_vae_score, information, irs, jemmig,
+                                               measure, mig, mig_sup, modularity, read_items, sap)
 from .predictors import dci, dci_es, explicitness, infomec
 
 # %% ../../nbs/60b_evaluation.scores.ipynb #3a95ef5a
@@ -41,7 +41,7 @@ def null_information(items,              # `Items`
     z, v = binned(items, bins, how, coarse); rng = np.random.default_rng(seed)
     return _join([measure(count_tables(z[rng.permutation(len(z))], v, bins), items, bins, correct) for _ in range(n)])
 
-# %% ../../nbs/60b_evaluation.scores.ipynb #bfed0206
+# %% ../../nbs/60b_evaluation.scores.ipynb #1559a5f0
 def spread(values,          # Scores on resamples `(r,)`
            value:float,     # The score
            level:float=.95, # Share inside the interval
@@ -63,7 +63,7 @@ def halves(metric,     # A metric: function of `Items` and keywords
           )->list:     # One `Score` each
     "Scores of random halves of the items, or of all items with shuffled labels."
     rng, m = np.random.default_rng(seed), len(items.codes)
-    def one(perm): return metric(items.take(np.arange(m), perm) if null else items.take(perm[:m//2]), **kw)
+    def one(rows): return metric(items.take(np.arange(m), rows) if null else items.take(rows[:m//2]), **kw)
     return [one(rng.permutation(m)) for _ in range(n)]
 
 # %% ../../nbs/60b_evaluation.scores.ipynb #4b124ce2
@@ -73,27 +73,31 @@ def perfect_code(items, # `Items`
     x = items.values; x = (x - np.nanmean(x, 0))/np.nanstd(x, 0)
     return replace(items, codes=np.where(np.isnan(x), 0, x))
 
-# %% ../../nbs/60b_evaluation.scores.ipynb #43b004c6
-METRICS = {f.__name__: f for f in (mig, mig_sup, jemmig, dcimig, modularity, sap, irs, factor_vae_score, beta_vae_score, explicitness, dci, infomec, dci_es)}
+# %% ../../nbs/60b_evaluation.scores.ipynb #80c047e3
+METRICS = {f.__name__: f for f in (mig, mig_sup, jemmig, dcimig, modularity, sap, irs, factor_vae_score, beta_vae_score, explicitness, dci,
+                                   infomec, dci_es)}
 BINNED = ('mig', 'mig_sup', 'jemmig', 'dcimig', 'modularity')
 QUICK = BINNED + ('sap', 'irs')
-ASKS = dict(mig='compactness', mig_sup='modularity', jemmig='all three', dcimig='modularity', modularity='modularity', sap='compactness', irs='modularity',
-            factor_vae_score='modularity', beta_vae_score='modularity', explicitness='explicitness', InfoM='modularity', InfoE='explicitness', InfoC='compactness',
-            D='modularity', C='compactness', I='explicitness', E='effort', S='size')
-_ten = {**{m: dict(bins=10, coarse='all') for m in BINNED}, 'mig': dict(bins=10, coarse='all', norm='code'), 'mig_sup': dict(bins=10, coarse='all', norm='code'), 'sap': dict(by='r2')}
+ASKS = dict(mig='compactness', mig_sup='modularity', jemmig='all three', dcimig='modularity', modularity='modularity', sap='compactness',
+            irs='modularity', factor_vae_score='modularity', beta_vae_score='modularity', explicitness='explicitness',
+            InfoM='modularity', InfoE='explicitness', InfoC='compactness', D='modularity', C='compactness', I='explicitness', E='effort', S='size')
+_ten, _lib = dict(bins=10, coarse='all'), dict(bins=20, coarse='none')
+_published = {**dict.fromkeys(BINNED, _ten), **dict.fromkeys(('mig', 'mig_sup'), dict(_ten, norm='code')), 'sap': dict(by='r2')}
 CONVENTIONS = dict(
     house={},
-    disentanglement_lib={**{m: dict(bins=20, coarse='none') for m in (*BINNED, 'irs', 'beta_vae_score', 'explicitness', 'infomec')}, 'sap': dict(by='svm', coarse='none'),
-                         'factor_vae_score': dict(prune=.05, coarse='none'), 'dci': dict(exact=True, most=10**9), 'dci_es': {}},
-    syntone=_ten, syntone_correct=_ten)
+    disentanglement_lib={**dict.fromkeys((*BINNED, 'irs', 'beta_vae_score', 'explicitness', 'infomec'), _lib), 'sap': dict(_lib, by='svm'),
+                         'factor_vae_score': dict(_lib, prune=.05), 'dci': dict(exact=True, most=10**9)},
+    syntone=_published, syntone_correct=_published)
 
-# %% ../../nbs/60b_evaluation.scores.ipynb #37659584
+# %% ../../nbs/60b_evaluation.scores.ipynb #b2c70e60
 def _settings(name, metric, convention, given, settings):
     "Keywords of one metric: of the convention, then of the whole table, then its own."
     if convention not in CONVENTIONS: raise ValueError(f"no convention {convention!r}; there are {list(CONVENTIONS)}")
-    if name not in CONVENTIONS[convention] and convention.startswith('syntone'): raise ValueError(f"{convention} is defined for {list(_ten)}, not for {name!r}")
+    if name not in CONVENTIONS[convention] and convention.startswith('syntone'):
+        raise ValueError(f"{convention} is defined for {list(_published)}, not for {name!r}")
     takes = inspect.signature(information if name in BINNED else metric).parameters
-    return {**CONVENTIONS[convention].get(name, {}), **{k: v for k, v in given.items() if v is not None and k in takes}, **(settings or {}).get(name, {})}
+    given = {k: v for k, v in given.items() if v is not None and k in takes}
+    return {**CONVENTIONS[convention].get(name, {}), **given, **(settings or {}).get(name, {})}
 
 def score(codes,                     # Codes `(n, d)` or `Items`
           factors=None,              # Factors, see `read_items`
@@ -112,41 +116,47 @@ def _metric(m):
     if m not in METRICS: raise ValueError(f"no metric {m!r}; there are {list(METRICS)}, or give a function")
     return METRICS[m]
 
-# %% ../../nbs/60b_evaluation.scores.ipynb #6493cf93
+# %% ../../nbs/60b_evaluation.scores.ipynb #54dd250e
 def _row(name, part, value, draws, null, ceiling, reason, level, few):
     "One line of the table."
     lo, hi = spread(draws, value, level, few); null = np.asarray([x for x in null if not math.isnan(x)], float)
     mid = null.mean() if len(null) else math.nan
     top = spread(null, mid, 2*level - 1, few)[1] if len(null) > 1 else math.nan
-    room = ceiling - mid
-    return dict(metric=f'{name} {part}'.strip(), asks=ASKS.get(part or name, ''), value=value, lo=lo, hi=hi, null=mid, null_hi=top, ceiling=ceiling,
-                scaled=(value - mid)/room if room > 1e-9 else math.nan, reason=reason)
+    scaled = (value - mid)/(ceiling - mid) if ceiling - mid > 1e-9 else math.nan
+    return dict(metric=f'{name} {part}'.strip(), asks=ASKS.get(part or name, ''), value=value, lo=lo, hi=hi, null=mid, null_hi=top,
+                ceiling=ceiling, scaled=scaled, reason=reason)
 
 def _binned_rows(f, items, best, kw, n_boot, n_null, seed, level, seen):
     "The line of a metric of the information family; resamples are shared between metrics with the same bins."
-    own = {k: v for k, v in kw.items() if k == 'norm'}; bins = {k: v for k, v in kw.items() if k not in own}; key = tuple(sorted(bins.items()))
-    if key not in seen: seen[key] = (information(items, **bins), bootstrap_information(items, n_boot, seed, **bins) if n_boot else None,
-                                     null_information(items, n_null, seed, **bins) if n_null else None, information(best, **bins))
-    value, *rest = (None if info is None else f(info, **own) for info in seen[key])
-    draws, null, top = rest
-    return [_row(f.__name__, '', value.value, [] if draws is None else draws.value, [] if null is None else null.value, top.value, value.reason, level, False)]
+    own, bins = ({k: v for k, v in kw.items() if (k == 'norm') == mine} for mine in (True, False)); key = tuple(sorted(bins.items()))
+    if key not in seen:
+        draws = bootstrap_information(items, n_boot, seed, **bins) if n_boot else None
+        null = null_information(items, n_null, seed, **bins) if n_null else None
+        seen[key] = information(items, **bins), draws, null, information(best, **bins)
+    one, draws, null, top = (f(info, **own) if info else None for info in seen[key])
+    return [_row(f.__name__, '', one.value, draws.value if draws else [], null.value if null else [], top.value, one.reason, level, False)]
 
 def _learned_rows(f, items, best, kw, refits, seed, level):
     "The lines of any other metric."
     def parts(s): return s.parts or {'': s.value}
-    value, reason = f(items, **kw), ''
+    one, reason = f(items, **kw), ''
     try: draws = [parts(s) for s in halves(f, items, refits, seed, **kw)]
     except ValueError as e: draws, reason = [], f'no interval: {e}'
     null = [parts(s) for s in halves(f, items, refits, seed, null=True, **kw)]; top = parts(f(best, **kw))
-    why = '; '.join(filter(None, [value.reason, reason]))
-    return [_row(f.__name__, p, x, [d[p] for d in draws], [d[p] for d in null], top[p], why, level, True) for p, x in parts(value).items()]
+    why = '; '.join(filter(None, [one.reason, reason]))
+    return [_row(f.__name__, p, x, [d[p] for d in draws], [d[p] for d in null], top[p], why, level, True) for p, x in parts(one).items()]
 
-# %% ../../nbs/60b_evaluation.scores.ipynb #b778844e
+# %% ../../nbs/60b_evaluation.scores.ipynb #5375da68
+def _chosen(metrics):
+    "Functions for a name, a function, several of them, or 'all'."
+    if isinstance(metrics, str) and metrics == 'all': return list(METRICS.values())
+    return [_metric(m) for m in ([metrics] if isinstance(metrics, str) or callable(metrics) else metrics)]
+
 def score_table(codes,                  # Codes `(n, d)` or `Items`
                 factors=None,           # Factors `(n, k)`, DataFrame or dict, see `read_items`
                 metrics=QUICK,          # Names or functions; 'all' for every one
                 convention:str='house', # 'house', 'disentanglement_lib', 'syntone' (swapped) or 'syntone_correct'
-                bins:int=None, how:str=None, coarse:str=None, correct:bool=None, # For all metrics that have them, over the convention
+                bins:int=None, how:str=None, coarse:str=None, correct:bool=None, # For all metrics that have them
                 settings:dict=None,     # Keywords by metric, such as `dict(dci=dict(predictor='forest'))`
                 n_boot:int=200,         # Bootstrap draws, information family
                 n_null:int=200,         # Shuffles, information family
@@ -159,15 +169,16 @@ def score_table(codes,                  # Codes `(n, d)` or `Items`
     import pandas as pd
     items = read_items(codes, factors, **door); best, seen, rows = perfect_code(items), {}, []
     if convention == 'syntone': items, best = items.swap(), best.swap()
-    for f in progress([_metric(m) for m in (METRICS if isinstance(metrics, str) and metrics == 'all' else [metrics] if isinstance(metrics, str) or callable(metrics) else metrics)], desc='metrics'):
+    for f in progress(_chosen(metrics), desc='metrics'):
         kw = _settings(f.__name__, f, convention, dict(bins=bins, how=how, coarse=coarse, correct=correct), settings)
         if f.__name__ in BINNED: rows += _binned_rows(f, items, best, kw, n_boot, n_null, seed, level, seen)
         else: rows += _learned_rows(f, items, best, kw, refits, seed, level)
     table = pd.DataFrame(rows).set_index('metric')
-    table.attrs = dict(n=len(items.codes), codes=items.codes.shape[1], factors=list(items.names), kinds=list(items.kinds), convention=convention, seed=seed)
+    table.attrs = dict(n=len(items.codes), codes=items.codes.shape[1], factors=list(items.names), kinds=list(items.kinds),
+                       convention=convention, seed=seed)
     return table
 
-# %% ../../nbs/60b_evaluation.scores.ipynb #327c8d7a
+# %% ../../nbs/60b_evaluation.scores.ipynb #ccc46bfc
 def sanity_cases(n:int=2000, # Items
                  seed:int=0, # Seed of factors and noise
                 )->dict:     # Name -> (codes, factors)
@@ -178,27 +189,34 @@ def sanity_cases(n:int=2000, # Items
     z = ((v - v.mean())/v.std(ddof=0)).to_numpy(); w = rng.normal(size=(n, 6)); near = z + .3*w[:, :3]
     turned = np.c_[z[:, 0], (z[:, 1] - z[:, 2])/2**.5, (z[:, 1] + z[:, 2])/2**.5]
     gaps = v.mask(rng.random(v.shape) < .1, -1)
-    return {'perfect': (z, v), 'duplicated': (np.c_[z, z], v), 'turned': (turned, v), 'with noise': (np.c_[z, w[:, :3]], v), 'noise': (w, v), 'constant': (0*z, v),
-            'noisy': (near, v), 'permuted': (near[:, [2, 0, 1]], v), 'reordered': (near, v[['pitch', 'timbre', 'level']]), 'scaled': (near*[.5, 1, 2], v),
-            'flipped': (near*[-1, 1, -1], v), 'dead code': (np.c_[near, 0*near[:, 0]], v), 'one level': (near, v.assign(rate=1)), 'missing': (z, gaps)}
+    known = {'perfect': z, 'duplicated': np.c_[z, z], 'turned': turned, 'with noise': np.c_[z, w[:, :3]], 'noise': w, 'constant': 0*z}
+    alike = {'noisy': near, 'permuted': near[:, [2, 0, 1]], 'scaled': near*[.5, 1, 2], 'flipped': near*[-1, 1, -1],
+             'dead code': np.c_[near, 0*near[:, 0]]}
+    labels = {'reordered': (near, v[['pitch', 'timbre', 'level']]), 'one level': (near, v.assign(rate=1)), 'missing': (z, gaps)}
+    return {**{k: (x, v) for k, x in {**known, **alike}.items()}, **labels}
 
-# %% ../../nbs/60b_evaluation.scores.ipynb #05702a20
+# %% ../../nbs/60b_evaluation.scores.ipynb #f90d0348
 _H, _b = np.log([4, 10, 10]), math.log(20)
 _COPY = float((1 - _H/(_H + _b)).mean())                            # JEMMIG of a second copy, and of silence
+_PAIR = 1 - 2/3*math.log(2)/math.log(3)                             # one code alone, two codes that share two factors
 _CASES = ('perfect', 'duplicated', 'turned', 'with noise', 'noise', 'constant')
 THEORY = {k: dict(zip(_CASES, x)) for k, x in {
-    'mig': (1, 0, 1/3, 1, 0, 0), 'mig_sup': (1, 1, 1/3, 1/2, 0, 0), 'jemmig': (1, _COPY, None, 1, .1, _COPY), 'dcimig': (1, 1, _H[0]/_H.sum(), 1, 0, 0),
-    'modularity': (1, 1, 2/3, .75, None, 0), 'sap': (1, 0, 1/3, 1, 0, 0), 'irs': (1, 1, .61, .53, .31, 0), 'factor_vae_score': (1, 1, 2/3, 1, 1/3, 0),
-    'beta_vae_score': (1, 1, .7, 1, 1/3, 1/3), 'explicitness': (1, 1, 1, 1, .5, .5), 'dci D': (1, 1, 1 - 2/3*math.log(2)/math.log(3), 1, 0, 0),
-    'dci C': (1, 1 - math.log(2)/math.log(6), 1 - 2/3*math.log(2)/math.log(3), 1, 0, 0), 'dci I': (1, 1, 1, 1, .15, .15),
-    'infomec InfoM': (1, 1, 1/2, 1, 0, 0), 'infomec InfoE': (1, 1, 1, 1, 0, 0), 'infomec InfoC': (1, .4, 1/2, 1, 0, 0),
-    'dci_es E': (None,)*6, 'dci_es S': (1, 1/2, 1, 1/2, 1/2, 1), 'dci_es I': (1, 1, 1, 1, .15, .15), 'dci_es D': (1,) + (None,)*5, 'dci_es C': (1,) + (None,)*5}.items()}
-TOLERANCE = dict(mig=.02, mig_sup=.02, jemmig=.05, dcimig=.02, modularity=.12, sap=.02, irs=.1, factor_vae_score=.08, beta_vae_score=.12, explicitness=.05,
-                 dci=.08, infomec=.05, dci_es=.12)                  # theory is for endless items; IRS, drawing and learning scatter
-EXACT = (*BINNED, 'sap', 'irs')                                     # no drawing, no learning: what must not matter does not, to 1e-9
+    'mig': (1, 0, 1/3, 1, 0, 0),                   'mig_sup': (1, 1, 1/3, 1/2, 0, 0),
+    'jemmig': (1, _COPY, None, 1, .1, _COPY),      'dcimig': (1, 1, _H[0]/_H.sum(), 1, 0, 0),
+    'modularity': (1, 1, 2/3, .75, None, 0),       'sap': (1, 0, 1/3, 1, 0, 0),
+    'irs': (1, 1, .61, .53, .31, 0),               'factor_vae_score': (1, 1, 2/3, 1, 1/3, 0),
+    'beta_vae_score': (1, 1, .7, 1, 1/3, 1/3),     'explicitness': (1, 1, 1, 1, .5, .5),
+    'dci D': (1, 1, _PAIR, 1, 0, 0),               'dci C': (1, 1 - math.log(2)/math.log(6), _PAIR, 1, 0, 0),
+    'dci I': (1, 1, 1, 1, .15, .15),               'dci_es I': (1, 1, 1, 1, .15, .15),
+    'infomec InfoM': (1, 1, 1/2, 1, 0, 0),         'infomec InfoE': (1, 1, 1, 1, 0, 0),
+    'infomec InfoC': (1, .4, 1/2, 1, 0, 0),        'dci_es S': (1, 1/2, 1, 1/2, 1/2, 1),
+    'dci_es D': (1,) + (None,)*5,                  'dci_es C': (1,) + (None,)*5}.items()}
+TOLERANCE = dict(mig=.02, mig_sup=.02, jemmig=.05, dcimig=.02, modularity=.12, sap=.02, irs=.1, factor_vae_score=.08, beta_vae_score=.12,
+                 explicitness=.05, dci=.08, infomec=.05, dci_es=.12) # theory is for endless items; extremes, draws and fits scatter
+EXACT = (*BINNED, 'sap', 'irs')                                     # nothing drawn or learned: what must not matter doesn't, to 1e-9
 _part = lambda x: 3/4*x                                             # a mean over four codes, one of them 0
 _base = lambda x: 1 - (1 - x)*math.log(3)/math.log(4)               # an entropy in units of log 4 instead of log 3
-DEAD = {'mig_sup': _part, 'modularity': _part, 'dci_es S': _part, 'dci C': _base, 'dci_es C': _base}    # what a dead fourth code does
+DEAD = {'mig_sup': _part, 'modularity': _part, 'dci_es S': _part, 'dci C': _base, 'dci_es C': _base}   # what a dead fourth code does
 
 # %% ../../nbs/60b_evaluation.scores.ipynb #c02a0dc4
 def _asked(f, cases, kw):
@@ -241,7 +259,7 @@ def check_metric(metric,            # Name or function of (codes, factors)
     if strict and not table.ok.all(): raise AssertionError(f"{f.__name__} fails:\n{table[~table.ok].to_string(index=False)}")
     return table
 
-# %% ../../nbs/60b_evaluation.scores.ipynb #976240f2
+# %% ../../nbs/60b_evaluation.scores.ipynb #e77a35d0
 def _agreement(a, b, by, alpha):
     "How much each code of `a` tells of each code of `b`, `(d_a, d_b)`."
     from scipy.stats import rankdata
@@ -260,7 +278,8 @@ def udr(codes,             # Codes of several models for the same items, each `(
     "Unsupervised disentanglement ranking: how well each model agrees with the others of its setting."
     if by not in ('lasso', 'spearman'): raise ValueError(f"by is 'lasso' or 'spearman', not {by!r}")
     codes = [read_items(z, np.arange(len(z)), kinds='ordinal').codes for z in codes]
-    if len(codes) < 2 or len({len(z) for z in codes}) > 1: raise ValueError(f"UDR compares two models or more on the same items; got {[z.shape for z in codes]}")
+    if len(codes) < 2 or len({len(z) for z in codes}) > 1:
+        raise ValueError(f"UDR compares two models or more on the same items; got {[z.shape for z in codes]}")
     sd = [z.std(0) for z in codes]
     awake = [s > 1e-9 if kl is None else (np.asarray(kl[i]) >= least) & (s > 1e-9) for i, s in enumerate(sd)]
     z = [((x - x.mean(0))/np.where(s > 0, s, 1))[:, w] for x, s, w in zip(codes, sd, awake)]
@@ -268,4 +287,5 @@ def udr(codes,             # Codes of several models for the same items, each `(
     def pair(a, b):
         if not a.shape[1] or not b.shape[1]: return 0.
         R = _agreement(a, b, by, alpha); return (share(R, 0) + share(R, 1))/2
-    return np.array([np.median([pair(a, b) for j, b in enumerate(z) if j != i]) if a.shape[1] else math.nan for i, a in enumerate(z)])
+    def one(i): return np.median([pair(z[i], b) for j, b in enumerate(z) if j != i]) if z[i].shape[1] else math.nan
+    return np.array([one(i) for i in range(len(z))])
