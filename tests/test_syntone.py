@@ -286,3 +286,28 @@ def test_tables_are_worlds_too():
     train, test = world.held_out('instrument', 'pitch', .2)
     assert {tuple(r) for r in train.grid().tolist()} | {tuple(r) for r in test.grid().tolist()} == seen and len(train) + len(test) == len(seen)
     with pytest.raises(WorldError, match='no clip'): world.render(torch.tensor([[0, 0, 0], *next([list(c)] for c in np.ndindex(3, 10, 2) if c not in seen)]))
+
+
+def test_mel_of_tones_is_librosa_s_and_has_no_level():
+    librosa = pytest.importorskip('librosa')
+    from disentangle_nb.features.tonemel import LevelMel, MaxMel, world_features
+    world, published, fixed = Tones(compat=True), MaxMel(), LevelMel()
+    rows = world.sample(24, make_generator(0))
+    clips = world.render(rows)
+    x = published.encode(clips)
+    ref = np.stack([librosa.util.normalize(librosa.feature.melspectrogram(y=c, sr=16000)) for c in clips.numpy()])
+    assert x.shape == (24, 128, 32) and np.abs(x.numpy() - ref).max() < 1e-5
+    quiet, loud = [world.render(torch.cat([rows[:, :1], torch.full((24, 1), i), rows[:, 2:]], 1)) for i in (0, 19)]
+    assert (published.encode(quiet) - published.encode(loud)).abs().max() < 1e-6
+    a, b = [fixed.decibels(fixed.mel_power(c)) for c in (quiet, loud)]
+    assert (b - a - 20)[a > -80].abs().max() < 1e-2
+    for f in (published, fixed):
+        assert torch.allclose(f.encode(clips[3]), f.encode(clips)[3], atol=1e-6) and type(f)(**f.args).args == f.args
+        y = f.encode(clips)
+        assert 0 <= y.min() and y.max() <= 1 and f.shape(16000) == tuple(y.shape[1:]) and f.encode(torch.zeros(2, 4000)).isfinite().all()
+        assert f.decode(y[:1], 16000, n_iter=2).shape == (1, 16000)
+    few = Tones(compat=True, freqs=[440., 900.])
+    x, rows, which = world_features(few, published)
+    assert len(x) == 8 and torch.allclose(x[which], published.encode(few.render(rows)), atol=1e-6)
+    x, rows, which = world_features(Tones(**FEW), fixed, seed=2)
+    assert torch.equal(x[which], torch.cat([fixed.encode(c) for _, c in Tones(**FEW).stream(2)]))

@@ -13,7 +13,7 @@ from ..core import make_generator, progress
 from ..data.syntone import BLOCK, FactorWorld
 from .mel import LogMel
 
-# %% ../../nbs/20b_features.tonemel.ipynb #90baeb2b
+# %% ../../nbs/20b_features.tonemel.ipynb #10f74029
 class MaxMel(LogMel):
     "Mel power of each frame divided by its largest band: the published input, which has no level."
     erases_level = True
@@ -21,17 +21,17 @@ class MaxMel(LogMel):
     def __init__(self,
                  sr:int=16000,      # Sample rate, Hz
                  n_fft:int=2048,    # Samples in a frame
-                 hop:int=512,       # Samples between frames, a divisor of n_fft/2
+                 hop:int=512,       # Samples between frames
                  n_mels:int=128,    # Bands
                  fmin:float=0.,     # Lower edge of the first band, Hz
                  fmax:float=None,   # Upper edge of the last band, Hz; half the rate when None
                 ):
-        if n_fft//2 % hop: raise ValueError(f"hop divides n_fft/2 = {n_fft//2}, so that frames outside can be dropped; got {hop}")
         super().__init__(sr, n_fft, hop, n_mels, fmin, sr/2 if fmax is None else fmax)
 
-    def _map(self, wav, fn):
-        outside, half = self.n_fft//2//self.hop, self.n_fft//2
-        return super()._map(F.pad(wav, (half, half)), fn)[..., outside:-outside]
+    def _piece(self, wav, size, buf):
+        fr = F.pad(wav, (self.n_fft//2, self.n_fft//2)).unfold(-1, self.n_fft, self.hop)
+        step = -(-fr.shape[1] // -(-fr.shape[1] // size))
+        return torch.cat([self._bands(q, buf) for q in fr.split(step, 1)], 1).mT.contiguous()
 
     def _scale(self, p): return p / p.amax(-2, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
     def power(self, x): return x.clamp(min=0)  # up to the level, which is gone
@@ -39,7 +39,7 @@ class MaxMel(LogMel):
     @property
     def args(self): return {k: getattr(self, k) for k in 'sr n_fft hop n_mels fmin fmax'.split()}
 
-# %% ../../nbs/20b_features.tonemel.ipynb #a4b644f3
+# %% ../../nbs/20b_features.tonemel.ipynb #4fb2d1a1
 class LevelMel(MaxMel):
     "Mel power in dB, clipped to a fixed range and mapped to [0, 1]."
     erases_level = False
@@ -47,7 +47,7 @@ class LevelMel(MaxMel):
     def __init__(self,
                  sr:int=16000,        # Sample rate, Hz
                  n_fft:int=2048,      # Samples in a frame
-                 hop:int=512,         # Samples between frames, a divisor of n_fft/2
+                 hop:int=512,         # Samples between frames
                  n_mels:int=128,      # Bands
                  fmin:float=0.,       # Lower edge of the first band, Hz
                  fmax:float=None,     # Upper edge of the last band, Hz; half the rate when None
