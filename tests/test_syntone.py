@@ -311,3 +311,14 @@ def test_mel_of_tones_is_librosa_s_and_has_no_level():
     assert len(x) == 8 and torch.allclose(x[which], published.encode(few.render(rows)), atol=1e-6)
     x, rows, which = world_features(Tones(**FEW), fixed, seed=2)
     assert torch.equal(x[which], torch.cat([fixed.encode(c) for _, c in Tones(**FEW).stream(2)]))
+
+
+def test_tones_stay_exact_where_training_is_sloppy():
+    world = Tones(phase=0.)
+    rows = world.sample(20, make_generator(0))
+    exact, before = world.render(rows), torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision('medium')
+        with torch.autocast('cpu', dtype=torch.bfloat16): assert torch.equal(world.render(rows), exact)
+        assert torch.get_float32_matmul_precision() == 'medium'
+    finally: torch.set_float32_matmul_precision(before)

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['KINDS', 'WAVES', 'EDGE', 'STEP', 'POWER', 'GAIN', 'OFFSET', 'BLOCK', 'EXTRAS', 'POSITIVE', 'WorldError', 'unknown',
            'Factor', 'FactorWorld', 'check_world', 'published_times', 'naive_waves', 'partial_count', 'partials',
-           'block_sum', 'bent_sum', 'identifiable', 'Tones', 'write_tones', 'read_tones']
+           'exact_products', 'block_sum', 'bent_sum', 'identifiable', 'Tones', 'write_tones', 'read_tones']
 
-# %% ../../nbs/10_data.syntone.ipynb #c30df67d
+# %% ../../nbs/10_data.syntone.ipynb #10db35ca
 import difflib, json, math, warnings, zipfile
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from fastcore.basics import patch
@@ -281,7 +282,17 @@ def partials(timbre:torch.Tensor,   # Number in `WAVES`, (n,)
     amp = GAIN[timbre][:, None] * h**-POWER[timbre][:, None] * 10**(tilt*h.log2()/20)
     return h, ratio, (amp*fits).float()
 
-# %% ../../nbs/10_data.syntone.ipynb #a32e6b40
+# %% ../../nbs/10_data.syntone.ipynb #0a8c5210
+@contextmanager
+def exact_products(device):
+    "Matrix products in full float32, whatever training has set."
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision('highest')
+    try:
+        with torch.autocast(torch.device(device).type, enabled=False): yield
+    finally: torch.set_float32_matmul_precision(before)
+
+# %% ../../nbs/10_data.syntone.ipynb #2f826e42
 def block_sum(freq:torch.Tensor,   # Frequency of every partial, Hz, (n, h) float64
               amp:torch.Tensor,    # Its amplitude, (n, h)
               phase:torch.Tensor,  # Its phase at the start, cycles, (n, h) float64
@@ -295,7 +306,7 @@ def block_sum(freq:torch.Tensor,   # Frequency of every partial, Hz, (n, h) floa
     a, b = turn(wide(-(-n//r), r) + phase[..., None]), turn(wide(r, 1))
     amp = amp.float()[..., None]
     left, right = torch.cat([amp*a.sin(), amp*a.cos()], 1), torch.cat([b.cos(), b.sin()], 1)  # (n, 2h, q), (n, 2h, r)
-    return torch.bmm(left.mT, right).flatten(1)[:, :n]
+    with exact_products(freq.device): return torch.bmm(left.mT, right).flatten(1)[:, :n]
 
 # %% ../../nbs/10_data.syntone.ipynb #6b9cd5d9
 def bent_sum(freq:torch.Tensor,  # Fundamental, Hz, (n,) float64
