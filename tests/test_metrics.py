@@ -266,6 +266,17 @@ def test_forms_of_the_same_table():
     assert list(M.mig(z, frame, names=['b', 'a']).factors) == ['b', 'a']
     assert M.mig(z, frame.astype(str)).value == pytest.approx(want, abs=1e-12)      # nominal, by any name
     assert M.mig(z, frame.astype('category')).value == pytest.approx(want, abs=1e-12)
+    assert M.read_items(z, frame.astype('Int64')).kinds == ('ordinal',)*3
+    gone = frame.astype('Int64'); gone.loc[:9, 'b'] = pd.NA; assert (M.read_items(z, gone).index < 0).sum() == 10
+    words = pd.Categorical(np.array(list('hmlx'))[v[:, 1]], ['l', 'm', 'h', 'x'], ordered=True)     # l < m < h, no matter which comes first
+    assert M.read_items(z, dict(b=words)).values[:, 0].tolist() == np.array([2, 1, 0, 3])[v[:, 1]].tolist()
+
+
+def test_levels_that_nobody_holds_out():
+    z, v = fixed(); rare = np.where(np.arange(120) == 7, 1, 0)          # one item of its level: taught or asked, never both
+    for name in ('explicitness', 'dci', 'infomec', 'dci_es'):
+        s = S.METRICS[name](z, dict(a=v[:, 0], rare=rare), **SMALL.get(name, {}))
+        assert all(math.isfinite(x) for x in (s.parts or {'': s.value}).values()) or s.reason, name
 
 
 def test_missing_labels_leave_out_items_of_that_factor_only():

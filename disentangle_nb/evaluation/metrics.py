@@ -35,7 +35,7 @@ class Items:
         names = tuple(f'code {i}' for i in range(self.codes.shape[1]))
         return read_items(self.values, dict(zip(names, self.codes.T)), kinds='continuous')
 
-# %% ../../nbs/60_evaluation.metrics.ipynb #5b329f0a
+# %% ../../nbs/60_evaluation.metrics.ipynb #1e7f10b1
 def _index(v):
     "Level numbers of `v` from 0, -1 where NaN; whole numbers of a small range are counted instead of sorted."
     known = ~np.isnan(v); out = np.full(len(v), -1); x = v[known]
@@ -49,18 +49,22 @@ def _column(name, x, kind, missing):
     "Numbers, level numbers and kind of one factor."
     import pandas as pd
     if not isinstance(x, np.ndarray) or x.dtype.kind not in 'iufb': x = pd.Series(x)
-    if x.dtype.kind in 'iuf' and isinstance(x.dtype, np.dtype):
-        v = np.array(x, float)
+    if x.dtype.kind in 'iuf':                                       # pandas' own integers, with their own NA, too
+        v = np.array(x, float) if isinstance(x, np.ndarray) else x.to_numpy(float, na_value=np.nan, copy=True)
         endless = np.isinf(v).sum()
         if endless: raise ValueError(f"factor {name!r} is infinite in {endless} items; mark them as missing (NaN)")
         if x.dtype.kind in 'iu' and missing is not None: v[v == missing] = np.nan
         i = _index(v)
         return v, i, kind or ('ordinal' if x.dtype.kind in 'iu' or i.max() < 20 else 'continuous')
-    i, levels = pd.factorize(x, sort=False)
+    if getattr(x.dtype, 'ordered', False): i, levels, kind = x.cat.codes, x.cat.categories, kind or 'ordinal'
+    else: i, levels = pd.factorize(x, sort=False)
     numbers = [isinstance(u, (int, float, np.number)) and not isinstance(u, bool) for u in levels]
     if x.dtype == object and numbers and all(numbers):
         raise ValueError(f"factor {name!r} holds numbers as dtype object; convert it to float or int first")
-    return np.where(i < 0, np.nan, i), np.asarray(i), kind or 'nominal'
+    if kind not in (None, 'nominal') and not getattr(x.dtype, 'ordered', False):
+        raise ValueError(f"factor {name!r} holds names, which have no order: it can't be {kind!r}; give numbers or an ordered categorical")
+    i = _index(np.where(np.asarray(i) < 0, np.nan, i))              # no level without an item
+    return np.where(i < 0, np.nan, i), i, kind or 'nominal'
 
 # %% ../../nbs/60_evaluation.metrics.ipynb #5a073079
 def _columns(factors, names):

@@ -10,7 +10,7 @@ import math
 import numpy as np
 from .metrics import Score, completeness, disentanglement, factor_levels, fit_logistic, information, read_items, _score, _split
 
-# %% ../../nbs/60a_evaluation.predictors.ipynb #c3ff3027
+# %% ../../nbs/60a_evaluation.predictors.ipynb #cc4913fc
 def auc(scores,  # Scores `(n, m)`
         y,       # Levels `(n,)`, from 0
        ):        # One area a level `(m,)`; NaN where a level or its rest is absent
@@ -26,6 +26,11 @@ def _standard(x, xt):
     mu, sd = x.mean(0), x.std(0)
     live = sd > 1e-12*np.maximum(1, np.abs(x).max(0)); sd = np.where(live, sd, 1)
     return (x - mu)/sd*live, (xt - mu)/sd*live
+
+def _unasked(items, each):
+    "Why a mean is NaN: the factors that nobody could be asked about."
+    names = [n for n, x in zip(items.names, each) if math.isnan(x)]
+    return f'no held-out items of two levels for {names}'*bool(names)
 
 def _known(items, levels, j, train, held):
     "Codes and levels of factor `j`, to learn from and to be asked about, where they are known."
@@ -53,7 +58,7 @@ def explicitness(codes,               # Codes `(n, d)` or `Items`
         areas = auc(softmax(np.c_[xt, np.ones(len(xt))] @ fit_logistic(x, y, m, C, weight), axis=1), yt)
         each.append(np.nanmean(areas) if not np.isnan(areas).all() else np.nan)
     each = np.array(each)*(2 if rescale else 1) - (1 if rescale else 0)
-    return _score(items, each.mean(), each)
+    return _score(items, each.mean(), each, reason=_unasked(items, each))
 
 # %% ../../nbs/60a_evaluation.predictors.ipynb #3d7f145a
 def _gains(model, d):
@@ -91,7 +96,7 @@ def _lasso(x, y, xt, yt, levels):
         size += np.abs(fit.coef_); r2.append(1 - ((fit.predict(xt) - b)**2).mean()/max(b.var(), 1e-12))
     return size/len(cols), np.mean(r2)
 
-# %% ../../nbs/60a_evaluation.predictors.ipynb #a78880e3
+# %% ../../nbs/60a_evaluation.predictors.ipynb #75d9e484
 def _predict(x, y, xt, yt, levels, predictor, exact, trees, seed):
     "Importance of each code, and held-out accuracy or R²."
     if predictor == 'lasso': return _lasso(x, y, xt, yt, levels)
@@ -125,7 +130,7 @@ def dci(codes,                     # Codes `(n, d)` or `Items`
         R.append(size); I.append(hit)
     R, I = np.array(R), np.array(I); D = disentanglement(R)
     return _score(items, D, I, parts=dict(D=D, C=completeness(R, weighted), I=I.mean()), relation=R,
-                  reason='disentanglement needs two factors'*(len(R) < 2) + 'completeness needs two codes'*(R.shape[1] < 2))
+                  reason='; '.join(filter(None, ['D needs two factors'*(len(R) < 2), 'C needs two codes'*(R.shape[1] < 2), _unasked(items, I)])))
 
 # %% ../../nbs/60a_evaluation.predictors.ipynb #eb3b16d1
 def knn_information(x,               # Code `(n,)`
@@ -149,11 +154,13 @@ def knn_information(x,               # Code `(n,)`
     hi -= s[hi - 1] - x > radius; lo += x - s[lo] > radius          # sums round, differences of neighbours don't
     return max(0., float(digamma(len(x)) + (digamma(k[y]) - digamma(count[y]) - digamma(hi - lo)).mean()))
 
-# %% ../../nbs/60a_evaluation.predictors.ipynb #162632be
+# %% ../../nbs/60a_evaluation.predictors.ipynb #4e7e913c
 def _usable(items, levels, j, C, rows):
     "Share of the entropy of factor `j` that a balanced linear classifier removes."
     x, y, xt, yt = _known(items, levels, j, *rows); x, xt = _standard(x, xt); m = levels[:, j].max() + 1
     count = np.bincount(y, minlength=m); weight = (len(y)/(count > 0).sum()/np.maximum(count, 1))[y]
+    seen = count[yt] > 0; xt, yt = xt[seen], yt[seen]               # a level that was never taught can't be told
+    if len(yt) == 0: return math.nan
     t = np.c_[xt, np.ones(len(xt))] @ fit_logistic(x, y, m, C, weight)
     t = t - t.max(1, keepdims=True); loss = np.log(np.exp(t).sum(1)) - t[np.arange(len(yt)), yt]
     return 1 - np.mean([loss[yt == c].mean() for c in np.unique(yt)])/math.log((count > 0).sum())
@@ -192,7 +199,7 @@ def infomec(codes,              # Codes `(n, d)` or `Items`
     M, Cc = (_shares(used, 0), _shares(used, 1)) if used.any() else (0., 0.)
     if len(h) < 2: M = math.nan
     return _score(items, M, E, parts=dict(InfoM=M, InfoE=E.mean(), InfoC=Cc), relation=R,
-                  reason='; '.join([f'{out} codes out of use']*(out > 0) + ['InfoM needs two factors']*(len(h) < 2)))
+                  reason='; '.join(filter(None, [f'{out} codes out of use'*(out > 0), 'InfoM needs two factors'*(len(h) < 2), _unasked(items, E)])))
 
 # %% ../../nbs/60a_evaluation.predictors.ipynb #7447029a
 def capacity_explicitness(capacity,        # Rising capacities `(c,)`

@@ -7,13 +7,13 @@ __all__ = ['METRICS', 'BINNED', 'QUICK', 'ASKS', 'CONVENTIONS', 'THEORY', 'TOLER
            'null_information', 'spread', 'halves', 'perfect_code', 'score', 'score_table', 'sanity_cases',
            'check_metric', 'udr']
 
-# %% ../../nbs/60b_evaluation.scores.ipynb #f7d0f633
+# %% ../../nbs/60b_evaluation.scores.ipynb #d275d5ce
 import inspect, math
 import numpy as np
 from dataclasses import replace
 from ..core import progress
 from .metrics import (Information, beta_vae_score, binned, count_tables, dcimig, factor_vae_score, information, irs, jemmig,
-                                               measure, mig, mig_sup, modularity, read_items, sap)
+                                               measure, mig, mig_sup, modularity, read_items, sap, _codes)
 from .predictors import dci, dci_es, explicitness, infomec
 
 # %% ../../nbs/60b_evaluation.scores.ipynb #3a95ef5a
@@ -259,7 +259,7 @@ def check_metric(metric,            # Name or function of (codes, factors)
     if strict and not table.ok.all(): raise AssertionError(f"{f.__name__} fails:\n{table[~table.ok].to_string(index=False)}")
     return table
 
-# %% ../../nbs/60b_evaluation.scores.ipynb #e77a35d0
+# %% ../../nbs/60b_evaluation.scores.ipynb #93e69596
 def _agreement(a, b, by, alpha):
     "How much each code of `a` tells of each code of `b`, `(d_a, d_b)`."
     from scipy.stats import rankdata
@@ -277,7 +277,7 @@ def udr(codes,             # Codes of several models for the same items, each `(
        )->np.ndarray:      # One score a model, 0 to 1; NaN for a model without a code awake
     "Unsupervised disentanglement ranking: how well each model agrees with the others of its setting."
     if by not in ('lasso', 'spearman'): raise ValueError(f"by is 'lasso' or 'spearman', not {by!r}")
-    codes = [read_items(z, np.arange(len(z)), kinds='ordinal').codes for z in codes]
+    codes = [_codes(z) for z in codes]
     if len(codes) < 2 or len({len(z) for z in codes}) > 1:
         raise ValueError(f"UDR compares two models or more on the same items; got {[z.shape for z in codes]}")
     sd = [z.std(0) for z in codes]
