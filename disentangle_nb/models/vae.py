@@ -123,7 +123,7 @@ def conv_stacks(shape:tuple,    # (f, n), each divisible by 2 to the number of c
     for i, o in zip(channels[::-1], (*channels[-2::-1], 1)): dec += [nn.ConvTranspose2d(i, o, 3, 2, 1, 1), _leaky()]
     return nn.Sequential(*enc), nn.Sequential(*dec[:-1], nn.Sigmoid(), nn.Flatten(1, 2))
 
-# %% ../../nbs/31_models.vae.ipynb #eafe8d72
+# %% ../../nbs/31_models.vae.ipynb #798493f6
 class ToneVAE(VAE):
     "The published VAE of tones."
     def __init__(self,
@@ -140,8 +140,9 @@ class ToneVAE(VAE):
         super().__init__(*conv_stacks((n_mels, n_frames), channels, hidden, latent), (n_mels, n_frames), hidden[-1], latent, groups,
                          sample_in_eval, logvar_clamp)
         self.args = args
+        self.to(memory_format=torch.channels_last)
 
-# %% ../../nbs/31_models.vae.ipynb #ae6d6f8f
+# %% ../../nbs/31_models.vae.ipynb #bdce7099
 def _normed(conv, c): return [conv, nn.GroupNorm(8, c), nn.SiLU(inplace=True)]
 
 class SmallVAE(VAE):
@@ -167,6 +168,7 @@ class SmallVAE(VAE):
         dec += [nn.ConvTranspose2d(channels[0], 1, 4, 2, 1), nn.Flatten(1, 2)]
         super().__init__(nn.Sequential(*enc), nn.Sequential(*dec), (n_mels, n_frames), hidden, latent, groups, False, logvar_clamp)
         self.x_logvar, self.args = nn.Parameter(torch.zeros(())), args
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, x): return super().forward(x) | dict(x_logvar=self.x_logvar)
 
