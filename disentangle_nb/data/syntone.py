@@ -55,7 +55,7 @@ class Factor:
         if level not in self.levels: raise unknown(level, self.levels, f'level of {self.name}')
         return self.levels.index(level)
 
-# %% ../../nbs/10_data.syntone.ipynb #f6ce9711
+# %% ../../nbs/10_data.syntone.ipynb #cd5e4ffb
 class FactorWorld:
     "Clips that are caused by named factors."
     def __init__(self,
@@ -65,7 +65,8 @@ class FactorWorld:
                 ):
         self.factors, self.sr, self.n_samples, self.weights = tuple(factors), sr, n_samples, {}
         self.names, self.sizes = [f.name for f in self.factors], [len(f) for f in self.factors]
-        if len(set(self.names)) < len(self.names): raise WorldError(f"each factor has a name of its own; got {self.names}")
+        if len(set(self.names)) < len(self.names):
+            raise WorldError(f"each factor has a name of its own; got {self.names}")
 
     def render(self, indices, generator=None, device='cpu'):
         "Clips `(n, t)` of the choices `(n, k)`; the hook that a subclass fills."
@@ -80,20 +81,22 @@ class FactorWorld:
 
     def __len__(self):
         pairs = {i for p in self.weights for i in p}
-        return math.prod(s for i, s in enumerate(self.sizes) if i not in pairs) * math.prod(int((w > 0).sum()) for w in self.weights.values())
+        free = math.prod(s for i, s in enumerate(self.sizes) if i not in pairs)
+        return free * math.prod(int((w > 0).sum()) for w in self.weights.values())
 
     def __repr__(self):
         each = ', '.join(f'{f.name} {len(f)}' for f in self.factors)
         return f"{type(self).__name__}({len(self)} combinations of {each}; {self.n_samples} samples at {self.sr} Hz)"
 
-# %% ../../nbs/10_data.syntone.ipynb #a2fd912c
+# %% ../../nbs/10_data.syntone.ipynb #c13daf31
 @patch
 def grid(self:FactorWorld,
          most:int=2**26,     # Largest grid to enumerate
         )->torch.Tensor:     # (combinations, k) level numbers, int64
     "Every combination that the world holds, in order."
     if math.prod(self.sizes) > most:
-        raise WorldError(f"a grid of {math.prod(self.sizes):,} combinations is too large to list (at most {most:,}); draw from it with `sample`")
+        raise WorldError(f"a grid of {math.prod(self.sizes):,} combinations is too large to list (at most {most:,}); "
+                         "draw from it with `sample`")
     flat = torch.arange(math.prod(self.sizes))
     rows = torch.stack([flat // math.prod(self.sizes[i + 1:]) % s for i, s in enumerate(self.sizes)], 1)
     for (a, b), w in self.weights.items(): rows = rows[w[rows[:, a], rows[:, b]] > 0]
@@ -108,7 +111,7 @@ def values(self:FactorWorld,
     cols = [self.column(n) for n in names or self.names]
     return np.stack([self.factors[c].values[np.asarray(indices)[:, c]] for c in cols], 1)
 
-# %% ../../nbs/10_data.syntone.ipynb #bc6a397c
+# %% ../../nbs/10_data.syntone.ipynb #d095e472
 @patch
 def _held(self:FactorWorld, n, fixed):
     "Fixed level numbers (n, k), -1 where free."
@@ -116,7 +119,8 @@ def _held(self:FactorWorld, n, fixed):
     for name, v in (fixed or {}).items():
         c, v = self.column(name), torch.as_tensor(v)
         if v.is_floating_point() or (v < -1).any() or (v >= self.sizes[c]).any():
-            raise WorldError(f"{name} has the levels 0 to {self.sizes[c] - 1} (-1 is free); got {v.flatten()[:4].tolist()}")
+            raise WorldError(f"{name} has the levels 0 to {self.sizes[c] - 1} (-1 is free); got "
+                             f"{v.flatten()[:4].tolist()}")
         held[:, c] = v
     return held
 
@@ -124,9 +128,11 @@ def _pair(w, held, generator):
     "Draw two level numbers (n, 2) from their weights, given those that are held."
     a, b = held.unbind(1)
     first = torch.where((b < 0)[:, None], w.sum(1), w.T[b.clamp(min=0)])
-    if not (first.sum(1) > 0).all(): raise WorldError("a fixed level does not occur in this part of the world; choose one of `grid()`")
+    if not (first.sum(1) > 0).all():
+        raise WorldError("a fixed level does not occur in this part of the world; choose one of `grid()`")
     a = torch.where(a < 0, torch.multinomial(first, 1, generator=generator)[:, 0], a)
-    if not (w[a].sum(1) > 0).all(): raise WorldError("a fixed level does not occur in this part of the world; choose one of `grid()`")
+    if not (w[a].sum(1) > 0).all():
+        raise WorldError("a fixed level does not occur in this part of the world; choose one of `grid()`")
     b = torch.where(b < 0, torch.multinomial(w[a], 1, generator=generator)[:, 0], b)
     if not (w[a, b] > 0).all(): raise WorldError("this combination of fixed levels is held out; choose one of `grid()`")
     return torch.stack([a, b], 1)
@@ -172,7 +178,7 @@ def pairs(self:FactorWorld,
     kept = torch.where(free, -1, first)
     return first, self.sample(n, generator, dict(zip(self.names, kept.T)))
 
-# %% ../../nbs/10_data.syntone.ipynb #607009f4
+# %% ../../nbs/10_data.syntone.ipynb #a9044058
 def check_world(world:FactorWorld, # What to ask
                 n:int=12,          # Clips to render
                )->FactorWorld:     # The same world, if it passed
@@ -180,7 +186,8 @@ def check_world(world:FactorWorld, # What to ask
     draw = lambda seed=0, **kw: world.sample(n, make_generator(seed, 'check'), **kw)
     rows, k = draw(), len(world.factors)
     assert rows.shape == (n, k) and rows.dtype == torch.int64, 'choices are (n, k) level numbers'
-    assert torch.equal(rows, draw()) and (len(world) == 1 or not torch.equal(rows, draw(1))), 'chance comes from the generator'
+    assert torch.equal(rows, draw()), 'chance comes from the generator'
+    assert len(world) == 1 or not torch.equal(rows, draw(1)), 'another generator draws otherwise'
     for c, name in enumerate(world.names):
         assert (draw(fixed={name: rows[0, c]})[:, c] == rows[0, c]).all(), f'{name} cannot be fixed'
     clips = [world.render(rows, make_generator(s)) for s in (0, 0)]
@@ -190,7 +197,7 @@ def check_world(world:FactorWorld, # What to ask
     assert len(world.grid()) == len(world), 'the grid has as many rows as the world says'
     return world
 
-# %% ../../nbs/10_data.syntone.ipynb #1d98e464
+# %% ../../nbs/10_data.syntone.ipynb #2c7f595d
 @patch
 def weighted(self:FactorWorld,
              a:str,               # A factor
@@ -200,9 +207,11 @@ def weighted(self:FactorWorld,
     "A world in which two factors are drawn together."
     i, j, w = self.column(a), self.column(b), torch.as_tensor(weights, dtype=torch.float64)
     taken = [self.names[c] for p in self.weights for c in p if c in (i, j)]
-    if taken or i == j: raise WorldError(f"{a} and {b} must be two factors that are still free; {taken[0] if taken else a} is taken")
+    if taken or i == j:
+        raise WorldError(f"{a} and {b} must be two factors that are still free; {taken[0] if taken else a} is taken")
     if w.shape != (self.sizes[i], self.sizes[j]) or not (w >= 0).all() or not 0 < w.sum() < math.inf:
-        raise WorldError(f"weights of {a} and {b} are {self.sizes[i]} x {self.sizes[j]} numbers from 0 up; got {tuple(w.shape)}")
+        raise WorldError(f"weights of {a} and {b} are {self.sizes[i]} x {self.sizes[j]} numbers from 0 up; got "
+                         f"{tuple(w.shape)}")
     new = copy(self)
     new.weights = {**self.weights, (i, j): w / w.sum()}
     return new
@@ -215,7 +224,7 @@ def correlated(self:FactorWorld, a:str, b:str,
     u, v = [torch.linspace(0, 1, len(self[f]), dtype=torch.float64) for f in (a, b)]
     return self.weighted(a, b, torch.exp(-(u[:, None] - v).square() / (2*sigma**2)))
 
-# %% ../../nbs/10_data.syntone.ipynb #96ebdf82
+# %% ../../nbs/10_data.syntone.ipynb #df2798fe
 @patch
 def held_out(self:FactorWorld, a:str, b:str,
              share:float=.2,  # Share of the pairs of levels to hold out
@@ -229,7 +238,8 @@ def held_out(self:FactorWorld, a:str, b:str,
         i, j = divmod(flat, shape[1])
         if (~keep).sum() < want and keep[i].sum() > 1 and keep[:, j].sum() > 1: keep[i, j] = False
     if (~keep).sum() < max(1, want // 2):
-        raise WorldError(f"cannot hold out {share:.0%} of {shape[0]} x {shape[1]} pairs and keep every level; use a smaller share or other factors")
+        raise WorldError(f"cannot hold out {share:.0%} of {shape[0]} x {shape[1]} pairs and keep every level; use a "
+                         "smaller share or other factors")
     return self.weighted(a, b, keep), self.weighted(a, b, ~keep)
 
 # %% ../../nbs/10_data.syntone.ipynb #290c3195
@@ -254,7 +264,7 @@ def naive_waves(freq:torch.Tensor,   # Hz, (n,)
     out[:, 3] = torch.where(phase < math.pi, 1., -1.)
     return out
 
-# %% ../../nbs/10_data.syntone.ipynb #d11c0cda
+# %% ../../nbs/10_data.syntone.ipynb #9ca729b5
 EDGE = .45  # Overtones end at this share of the sample rate
 STEP, POWER = torch.tensor([0, 2, 1, 2]), torch.tensor([0., 2., 1., 1.])
 GAIN, OFFSET = torch.tensor([1., 8/math.pi**2, 2/math.pi, 4/math.pi]), torch.tensor([0., -.25, .5, 0.], dtype=torch.float64)
@@ -274,11 +284,12 @@ def partials(timbre:torch.Tensor,   # Number in `WAVES`, (n,)
              stretch=0.,            # Inharmonicity B, (n,) or a number
             )->tuple:               # Partial numbers, ratios to the fundamental, amplitudes, (n, h) each
     "The partials of each wave, up to the longest list among them; amplitude 0 is none."
-    count, (tilt, stretch) = partial_count(timbre, freq, limit), [torch.as_tensor(v).reshape(-1, 1) for v in (tilt, stretch)]
+    count, limit = partial_count(timbre, freq, limit), torch.as_tensor(limit).reshape(-1, 1)
+    tilt, stretch = [torch.as_tensor(v).reshape(-1, 1) for v in (tilt, stretch)]
     k = torch.arange(int(count.max()))
     h = (1 + STEP[timbre][:, None]*k).double()
     ratio = h * ((1 + stretch*h**2)/(1 + stretch)).sqrt()
-    fits = (k < count[:, None]) & ((ratio*freq[:, None] < torch.as_tensor(limit).reshape(-1, 1)) | (k == 0))
+    fits = (k < count[:, None]) & ((ratio*freq[:, None] < limit) | (k == 0))
     amp = GAIN[timbre][:, None] * h**-POWER[timbre][:, None] * 10**(tilt*h.log2()/20)
     return h, ratio, (amp*fits).float()
 
@@ -328,7 +339,7 @@ def bent_sum(freq:torch.Tensor,  # Fundamental, Hz, (n,) float64
         out += amp[:, k:k + 1] * cycles.mul_(2*math.pi).sin_()
     return out
 
-# %% ../../nbs/10_data.syntone.ipynb #a31fef35
+# %% ../../nbs/10_data.syntone.ipynb #46cfd637
 BLOCK = 160  # Clips rendered at a time; in a file each block has a random stream of its own
 EXTRAS = dict(attack=('s', 0.), decay=('s', math.inf), vibrato_rate=('Hz', 5.5), vibrato_depth=('cents', 0.),
               tilt=('dB/octave', 0.), inharmonicity=('', 0.), noise=('dB', -math.inf))
@@ -343,7 +354,8 @@ def identifiable(sr:int=16000,  # Rate, Hz
 def _levels(name, levels, unit):
     "Checked levels of a numeric factor."
     v = np.atleast_1d(np.asarray(levels, dtype=float))
-    if v.ndim != 1 or not len(v) or not np.isfinite(v).all(): raise WorldError(f"{name} takes finite numbers ({unit}); got {levels}")
+    if v.ndim != 1 or not len(v) or not np.isfinite(v).all():
+        raise WorldError(f"{name} takes finite numbers ({unit}); got {levels}")
     if (v < 0).any() and name in ('attack', 'vibrato_depth', 'inharmonicity') or (v <= 0).any() and name in POSITIVE:
         raise WorldError(f"{name} is {'positive' if name in POSITIVE else 'zero or more'}; got {v.min():g} {unit}".rstrip())
     return Factor(name, 'continuous', v.tolist(), unit)
@@ -352,18 +364,19 @@ def _check_range(freqs, top, sr, dur, timbres, compat):
     "Refuse a grid that aliases; warn of one whose waveforms cannot be told apart."
     high = freqs.max()*top
     if high > sr/2 or (high == sr/2 and not compat):
-        raise WorldError(f"frequencies reach {high:g} Hz and would alias at {sr} Hz: stay below {sr/2:g} Hz, or raise the rate")
+        raise WorldError(f"frequencies reach {high:g} Hz and would alias at {sr} Hz: stay below {sr/2:g} Hz, or raise "
+                         "the rate")
     lo, hi = identifiable(sr, dur)
     out = (freqs*top > hi) | (freqs < lo)
     if not compat and len(timbres) > 1 and out.any():
         warnings.warn(f"{out.mean():.0%} of the frequencies lie outside {lo:g} to {hi:g} Hz, where all waveforms can be told apart; "
                       "scores of timbre will be lower for it", stacklevel=4)
 
-# %% ../../nbs/10_data.syntone.ipynb #704f8a7e
+# %% ../../nbs/10_data.syntone.ipynb #a8b9d6ef
 class Tones(FactorWorld):
     "Tones of known waveform, amplitude and frequency, and more if wanted."
     def __init__(self,
-                 freqs=None,             # Frequencies, Hz; 400 from 55 to 1760 (compat: 440 to sr/2 in equal steps of Hz)
+                 freqs=None,             # Frequencies, Hz; 400 from 55 to 1760 (compat: 440 to sr/2, linear)
                  amps=None,              # Linear amplitudes; 20 from .1 to 1
                  timbres:tuple=WAVES,    # Some of `WAVES`
                  sr:int=16000,           # Rate, Hz
@@ -377,29 +390,35 @@ class Tones(FactorWorld):
             if name not in EXTRAS: raise unknown(name, EXTRAS, 'factor of a tone')
         for w in timbres:
             if w not in WAVES: raise unknown(w, WAVES, 'waveform')
-        if sr <= 0 or not dur > 0 or round(sr*dur) < 2: raise WorldError(f"a clip has at least two samples; got {dur:g} s at {sr:g} Hz")
-        if compat and (extras or equal_rms or phase): raise WorldError(f"compat is the published set and has no {', '.join(extras) or 'other scale or phase'}")
+        if sr <= 0 or not dur > 0 or round(sr*dur) < 2:
+            raise WorldError(f"a clip has at least two samples; got {dur:g} s at {sr:g} Hz")
+        if compat and (extras or equal_rms or phase):
+            raise WorldError(f"compat is the published set and has no {', '.join(extras) or 'other scale or phase'}")
         if freqs is None: freqs = np.linspace(440, sr/2, 400) if compat else np.geomspace(55, 1760, 400)
         if amps is None: amps = np.linspace(.1, 1, 20) if compat else np.geomspace(.1, 1, 20)
         more = [_levels(k, v, EXTRAS[k][0]) for k, v in extras.items()]
-        if 'vibrato_rate' in extras and not np.any(extras.get('vibrato_depth', 0)): raise WorldError("vibrato_rate does nothing without a vibrato_depth; give both")
+        if 'vibrato_rate' in extras and not np.any(extras.get('vibrato_depth', 0)):
+            raise WorldError("vibrato_rate does nothing without a vibrato_depth; give both")
         base = [_levels('frequency', freqs, 'Hz'), _levels('amplitude', amps, ''), Factor('timbre', 'nominal', timbres)]
         super().__init__([f for f in more if len(f) > 1] + base, int(sr), round(sr*dur))
         self.constants = {k: v for k, (_, v) in EXTRAS.items()} | {f.name: f.levels[0] for f in more if len(f) == 1}
         self.compat, self.phase, self.equal_rms = compat, phase, equal_rms
-        self.args = dict(freqs=list(base[0].levels), amps=list(base[1].levels), timbres=list(timbres), sr=int(sr), dur=float(dur), compat=compat,
-                         phase=phase, equal_rms=equal_rms, **{f.name: list(f.levels) for f in more})
-        _check_range(base[0].values, 2**(max(np.atleast_1d(extras.get('vibrato_depth', 0)))/1200), sr, dur, timbres, compat)
+        self.args = dict(freqs=list(base[0].levels), amps=list(base[1].levels), timbres=list(timbres), sr=int(sr),
+                         dur=float(dur), compat=compat, phase=phase, equal_rms=equal_rms, **{f.name: list(f.levels) for f in more})
+        bend = 2**(max(np.atleast_1d(extras.get('vibrato_depth', 0)))/1200)
+        _check_range(base[0].values, bend, sr, dur, timbres, compat)
 
-# %% ../../nbs/10_data.syntone.ipynb #e0dce5a3
+# %% ../../nbs/10_data.syntone.ipynb #475f88bd
 @patch
 def settings(self:Tones,
              indices:torch.Tensor, # Choices, (n, k)
             )->dict:               # Name -> (n,) float64; the timbre as a number in `WAVES`
     "What a choice of levels sets each dial to."
     indices = torch.as_tensor(indices)
-    if indices.ndim != 2 or indices.shape[1] != len(self.sizes): raise WorldError(f"choices are rows of {', '.join(self.names)}; got shape {tuple(indices.shape)}")
-    if len(indices) and ((indices < 0) | (indices >= torch.tensor(self.sizes))).any(): raise WorldError(f"level numbers stay below {self.sizes} for {self.names}")
+    if indices.ndim != 2 or indices.shape[1] != len(self.sizes):
+        raise WorldError(f"choices are rows of {', '.join(self.names)}; got shape {tuple(indices.shape)}")
+    if len(indices) and ((indices < 0) | (indices >= torch.tensor(self.sizes))).any():
+        raise WorldError(f"level numbers stay below {self.sizes} for {self.names}")
     v = {k: torch.full((len(indices),), float(c), dtype=torch.float64) for k, c in self.constants.items()}
     v |= dict(zip(self.names, torch.from_numpy(self.values(indices)).unbind(1)))
     v['timbre'] = torch.tensor([WAVES.index(w) for w in self['timbre'].levels])[v['timbre'].long()]
@@ -412,10 +431,11 @@ def _naive(self:Tones, v, out):
     for part in (slice(a, a + BLOCK) for a in range(0, len(out), BLOCK)):
         freq, which = v['frequency'][part].unique(return_inverse=True)
         unit = naive_waves(freq, time, out.dtype).flatten(0, 1)
-        torch.index_select(unit, 0, 4*which + v['timbre'][part], out=out[part]).mul_(v['amplitude'][part, None].to(out.dtype))
+        rows = torch.index_select(unit, 0, 4*which + v['timbre'][part], out=out[part])
+        rows.mul_(v['amplitude'][part, None].to(out.dtype))
     return out
 
-# %% ../../nbs/10_data.syntone.ipynb #499cbb19
+# %% ../../nbs/10_data.syntone.ipynb #fbc9358c
 @patch
 def _waves(self:Tones, v, phase, device):
     "Sums of partials (n, t) for settings and initial phases; the CPU lays out the partials."
@@ -424,7 +444,8 @@ def _waves(self:Tones, v, phase, device):
     if self.equal_rms: amp = amp / amp.square().sum(1, keepdim=True).sqrt()
     start = (h*phase[:, None] + OFFSET[v['timbre']][:, None]).frac()
     exact = 'cpu' if torch.device(device).type == 'mps' else device    # needs double precision
-    f, ratio, amp, start, rate, depth = [x.to(exact) for x in (v['frequency'], ratio, amp, start, v['vibrato_rate'], v['vibrato_depth'])]
+    f, rate, depth = [v[k].to(exact) for k in ('frequency', 'vibrato_rate', 'vibrato_depth')]
+    ratio, amp, start = [x.to(exact) for x in (ratio, amp, start)]
     if (v['vibrato_depth'] > 0).any(): out = bent_sum(f, ratio, amp, start, rate, depth, self.n_samples, self.sr)
     else: out = block_sum(ratio*f[:, None], amp, start, self.n_samples, self.sr)
     return out.to(device)
@@ -441,7 +462,7 @@ def envelope(self:Tones,
     attack, decay = [v[k].float().to(device)[:, None] for k in ('attack', 'decay')]
     return size * (t/attack.clamp(min=.5/self.sr)).clamp(max=1) * torch.exp(-t/decay)
 
-# %% ../../nbs/10_data.syntone.ipynb #8aa5a205
+# %% ../../nbs/10_data.syntone.ipynb #f32e81d5
 @patch
 def render(self:Tones,
            indices:torch.Tensor,           # Choices, (n, k)
@@ -453,9 +474,10 @@ def render(self:Tones,
     "Tones of the given factors."
     v = self.settings(indices)
     n = len(v['timbre'])
-    if self.compat: return self._naive(v, torch.empty(n, self.n_samples, dtype=dtype) if out is None else out).to(device)
-    phase = torch.rand(n, generator=generator, dtype=torch.float64) if self.phase is None else torch.full((n,), float(self.phase), dtype=torch.float64)
-    out = torch.empty(n, self.n_samples, device=device, dtype=dtype) if out is None else out
+    if out is None: out = torch.empty(n, self.n_samples, dtype=dtype, device='cpu' if self.compat else device)
+    if self.compat: return self._naive(v, out).to(device)
+    phase = torch.rand(n, generator=generator, dtype=torch.float64)
+    if self.phase is not None: phase.fill_(self.phase)
     order = partial_count(v['timbre'], v['frequency'], EDGE*self.sr/2**(v['vibrato_depth']/1200)).argsort(stable=True)
     for rows in order.split(16 if out.device.type == 'cpu' else 256) if n else ():
         part = {k: x[rows] for k, x in v.items()}
@@ -465,19 +487,20 @@ def render(self:Tones,
     noise = torch.randn(out.shape, generator=torch.Generator(device).manual_seed(seed), device=device)
     return out.addcmul_(noise, (v['amplitude']*10**(v['noise']/20)).float().to(device)[:, None])
 
-# %% ../../nbs/10_data.syntone.ipynb #c43cc2bb
+# %% ../../nbs/10_data.syntone.ipynb #5479b6de
 @patch
 def stream(self:Tones,
            seed:int=0,            # Of the nuisance
            rows:torch.Tensor=None,# Choices, (n, k); the whole grid when None
            device='cpu',          # Where to render
            dtype=torch.float32,   # Of the clips
-           reuse:bool=False,      # Render into one block of memory: faster, but a block is gone when the next is asked for
+           reuse:bool=False,      # Render into one block of memory: faster, but the next block overwrites it
           ):                      # Yields (choices, clips), `BLOCK` at a time
     "All clips in order, rendered as they are asked for."
     room = torch.empty(BLOCK, self.n_samples, device=device, dtype=dtype) if reuse else None
     for i, part in enumerate((self.grid() if rows is None else rows).split(BLOCK)):
-        yield part, self.render(part, make_generator(seed, 'tones', i), device, dtype, room[:len(part)] if reuse else None)
+        out = room[:len(part)] if reuse else None
+        yield part, self.render(part, make_generator(seed, 'tones', i), device, dtype, out)
 
 def _entry(z, name, dtype, shape, blocks):
     "Write one array of a zip from its blocks."
@@ -489,12 +512,13 @@ def _facts(world, rows, seed):
     "Small arrays of a file, and the facts that go with them."
     waves, freqs, amps = world.values(rows, ['timbre', 'frequency', 'amplitude']).T
     names = np.array(world['timbre'].levels, '<U8')
-    small, facts = dict(y=waves.astype(np.int64), classes=names), dict(freqs=freqs, amps=amps, waveforms=names[waves.astype(int)])
+    small = dict(y=waves.astype(np.int64), classes=names)
+    facts = dict(freqs=freqs, amps=amps, waveforms=names[waves.astype(int)])
     if world.compat: return small, facts
     text = json.dumps(dict(format='disentangle_nb.tones', seed=seed, args=world.args))
     return small | facts | dict(indices=rows.numpy(), world=np.array(text)), {}
 
-# %% ../../nbs/10_data.syntone.ipynb #db8585f7
+# %% ../../nbs/10_data.syntone.ipynb #d6423c7b
 def write_tones(path,               # `.npz` to write
                 world:Tones,        # What to render: its whole grid
                 seed:int=0,         # Of the random phases and the noise
@@ -504,16 +528,18 @@ def write_tones(path,               # `.npz` to write
     "Render a grid into a file, whole or not at all."
     rows, dtype = world.grid(), torch.float64 if world.compat else torch.float32
     small, pickled = _facts(world, rows, seed)
-    shape, kind = (len(rows), world.n_samples), zipfile.ZIP_DEFLATED if (world.compat if compress is None else compress) else zipfile.ZIP_STORED
+    shape, compress = (len(rows), world.n_samples), world.compat if compress is None else compress
+    kind = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
     blocks = progress(world.stream(seed, rows, device, dtype, reuse=True), -(-len(rows)//BLOCK), 'tones')
     with atomic_path(path) as tmp, zipfile.ZipFile(tmp, 'w', kind) as z:
         _entry(z, 'x', 'f8' if world.compat else 'f4', shape, (x.cpu().numpy() for _, x in blocks))
         for k, a in small.items(): _entry(z, k, a.dtype, a.shape, [a])
         if pickled:
-            with z.open('metadata.npy', 'w') as f: np.lib.format.write_array(f, np.array(pickled, dtype=object), allow_pickle=True)
+            with z.open('metadata.npy', 'w') as f:
+                np.lib.format.write_array(f, np.array(pickled, dtype=object), allow_pickle=True)
     return dict(x=shape) | {k: a.shape for k, a in small.items()} | ({'metadata': ()} if pickled else {})
 
-# %% ../../nbs/10_data.syntone.ipynb #bc2e541f
+# %% ../../nbs/10_data.syntone.ipynb #59c16b73
 def _open_array(z, name, path):
     "An array of a zip, ready to be read: its file, shape and dtype."
     if f'{name}.npy' not in z.namelist():
@@ -523,7 +549,8 @@ def _open_array(z, name, path):
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(f)
     if dtype.hasobject: raise WorldError(f"{name!r} of {path} is a pickled object, and those are never read")
-    if fortran and len(shape) > 1: raise WorldError(f"{name!r} of {path} is stored column by column; save it in C order")
+    if fortran and len(shape) > 1:
+        raise WorldError(f"{name!r} of {path} is stored column by column; save it in C order")
     size, has = math.prod(shape)*dtype.itemsize, z.getinfo(f'{name}.npy').file_size
     if has < size: raise WorldError(f"{name!r} of {path} should have {size} bytes and has {has}; was it cut short?")
     return f, shape, dtype
@@ -537,18 +564,19 @@ def _array(z, name, path, first=None):
 def _clips(z, path, first):
     "Clips of a file as float32, a block at a time."
     f, shape, dtype = _open_array(z, 'x', path)
-    if len(shape) != 2 or dtype.kind != 'f': raise WorldError(f"'x' of {path} should hold clips (n, t) of floats; got {dtype} {shape}")
+    if len(shape) != 2 or dtype.kind != 'f':
+        raise WorldError(f"'x' of {path} should hold clips (n, t) of floats; got {dtype} {shape}")
     out = torch.empty(shape[0] if first is None else min(first, shape[0]), shape[1])
     for part in out.split(BLOCK):
         raw = f.read(part.numel()*dtype.itemsize)
         part.copy_(torch.from_numpy(np.frombuffer(raw, dtype).reshape(part.shape).copy()))
     return out
 
-# %% ../../nbs/10_data.syntone.ipynb #02e319a4
+# %% ../../nbs/10_data.syntone.ipynb #bfb28539
 def read_tones(path,               # `.npz`, ours or as published
                first:int=None,     # Only so many clips from the start; all when None
                world:Tones=None,   # The grid of a file that does not say; the published one is tried when None
-              )->tuple:            # Clips (n, t) float32, choices (n, k), world; the last two None if the grid is unknown
+              )->tuple:            # Clips (n, t) float32, choices (n, k), world; the last two None if unknown
     "Read tones; nothing in the file can run."
     try:
         with zipfile.ZipFile(path) as z:

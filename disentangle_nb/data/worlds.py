@@ -10,7 +10,7 @@ import numpy as np, pandas as pd, torch
 from .syntone import Factor, FactorWorld, WorldError
 from .notes import load_clips, orchestra_table
 
-# %% ../../nbs/12b_data.worlds.ipynb #a1b4b1ed
+# %% ../../nbs/12b_data.worlds.ipynb #3a39457d
 NOTES = dict(instrument='instrument', pitch='midi', velocity='velocity')
 
 def column_factor(table:pd.DataFrame, # One row a clip
@@ -19,13 +19,17 @@ def column_factor(table:pd.DataFrame, # One row a clip
                   kind:str=None,      # One of `KINDS`; nominal for text and ordinal for numbers when None
                  )->Factor:           # Levels in rising order
     "A factor from a column of labels."
-    if column not in table: raise WorldError(f"the table has no column {column!r} for {name}; it has {', '.join(map(str, table))}")
+    if column not in table:
+        raise WorldError(f"the table has no column {column!r} for {name}; it has {', '.join(map(str, table))}")
     v = table[column]
-    if v.isna().any() or (v.astype(str) == '').any(): raise WorldError(f"{column!r} has {int((v.isna() | (v.astype(str) == '')).sum())} empty labels; leave these clips out or label them")
+    if v.isna().any() or (v.astype(str) == '').any():
+        raise WorldError(f"{column!r} has {int((v.isna() | (v.astype(str) == '')).sum())} empty labels; leave these "
+                         "clips out or label them")
     numbers = pd.api.types.is_numeric_dtype(v)
-    return Factor(name, kind or ('ordinal' if numbers else 'nominal'), sorted(set(v.tolist() if numbers else map(str, v))))
+    levels = sorted(set(v.tolist() if numbers else map(str, v)))
+    return Factor(name, kind or ('ordinal' if numbers else 'nominal'), levels)
 
-# %% ../../nbs/12b_data.worlds.ipynb #b5289bdf
+# %% ../../nbs/12b_data.worlds.ipynb #bd950ea9
 class TableWorld(FactorWorld):
     "Labelled clips as a world of factors."
     def __init__(self,
@@ -35,11 +39,14 @@ class TableWorld(FactorWorld):
                  factors:dict=NOTES,  # Name of a factor -> its column
                  kinds:dict=None,     # Name of a factor -> kind, where it is not the usual one
                 ):
-        if len(table) != len(clips) or not len(table): raise WorldError(f"a clip for each row is needed; got {len(table)} rows and {len(clips)} clips")
+        if len(table) != len(clips) or not len(table):
+            raise WorldError(f"a clip for each row is needed; got {len(table)} rows and {len(clips)} clips")
         made = [column_factor(table, name, c, (kinds or {}).get(name)) for name, c in factors.items()]
         super().__init__(made, sr, clips.shape[1])
-        labels = [table[c] if f.kind != 'nominal' else table[c].astype(type(f.levels[0])) for f, c in zip(made, factors.values())]
-        rows = torch.tensor(np.stack([pd.Categorical(v, f.levels).codes for f, v in zip(made, labels)], 1), dtype=torch.int64)
+        where = [{v: i for i, v in enumerate(f.levels)} for f in made]
+        names = [isinstance(f.levels[0], str) for f in made]
+        rows = torch.tensor([[w[str(v) if s else v] for w, s, v in zip(where, names, row)]
+                             for row in zip(*(table[c] for c in factors.values()))])
         self.rows, which, self.takes = rows.unique(dim=0, return_inverse=True, return_counts=True)
         self.clips, self.order, self.start = clips, which.argsort(stable=True), self.takes.cumsum(0) - self.takes
 
@@ -56,18 +63,21 @@ class TableWorld(FactorWorld):
         held, w, out = self._held(n, fixed), self.chance, []
         for part in held.split(1024):
             fits = ((part[:, None] == self.rows) | (part[:, None] < 0)).all(-1) * w
-            if not (fits.sum(1) > 0).all(): raise WorldError(f"no clip has the fixed levels {part[fits.sum(1) == 0][0].tolist()} of {self.names} (-1 is free)")
+            if not (fits.sum(1) > 0).all():
+                raise WorldError(f"no clip has the fixed levels {part[fits.sum(1) == 0][0].tolist()} of {self.names} "
+                                 "(-1 is free)")
             out.append(self.rows[torch.multinomial(fits, 1, generator=generator)[:, 0]])
         return torch.cat(out) if out else self.rows[:0]
 
     def render(self, indices, generator=None, device='cpu'):
         same = (torch.as_tensor(indices)[:, None] == self.rows).all(-1)
-        if not same.any(1).all(): raise WorldError(f"no clip has the levels {indices[~same.any(1)][0].tolist()} of {self.names}")
+        if not same.any(1).all():
+            raise WorldError(f"no clip has the levels {indices[~same.any(1)][0].tolist()} of {self.names}")
         m = same.int().argmax(1)
         take = (torch.rand(len(m), generator=generator, dtype=torch.float64) * self.takes[m]).long()
         return self.clips[self.order[self.start[m] + take]].to(device)
 
-# %% ../../nbs/12b_data.worlds.ipynb #24e89dbf
+# %% ../../nbs/12b_data.worlds.ipynb #5995ff07
 def orchestra_world(instruments:list=None,          # Names of the orchestra; all when None
                     midi_range:tuple=None,          # Lowest and highest MIDI pitch; each instrument's own when None
                     velocities:tuple=(40, 80, 120), # MIDI velocities
@@ -79,7 +89,7 @@ def orchestra_world(instruments:list=None,          # Names of the orchestra; al
     "The rendered orchestra: instrument, pitch, velocity."
     table = orchestra_table(instruments, midi_range, velocities, soundfont)
     if full:
-        each = table.groupby('midi').apply(lambda t: len(t) == table.instrument.nunique()*len(velocities), include_groups=False)
-        table = table[table.midi.map(each)].reset_index(drop=True)
+        whole = table.instrument.nunique()*len(velocities)
+        table = table[table.groupby('midi').midi.transform('size') == whole].reset_index(drop=True)
         if not len(table): raise WorldError("these instruments have no pitch in common; name fewer, or pass full=False")
     return TableWorld(table, load_clips(table, sr, dur), sr)

@@ -65,18 +65,19 @@ class LevelMel(MaxMel):
     @property
     def args(self): return super().args | dict(floor=self.floor, top=self.top)
 
-# %% ../../nbs/20b_features.tonemel.ipynb #7a6044cd
+# %% ../../nbs/20b_features.tonemel.ipynb #a83552e7
 def world_features(world:FactorWorld,      # Tones, notes, …
                    feature,                # `encode(wav) -> x`
                    rows:torch.Tensor=None, # Choices, (n, k); the whole grid when None
                    seed:int=0,             # Of the nuisance
                    device='cpu',           # Where to compute and keep them
-                  )->tuple:                # Different inputs (u, m, n), the choices (n, k), and which input is whose (n,)
+                  )->tuple:                # Different inputs (u, m, n), choices (n, k), which input is whose (n,)
     "Features of every clip of a world."
     rows = world.grid() if rows is None else rows
     key, settled = rows.clone(), getattr(world, 'compat', False)
-    if settled and getattr(feature, 'erases_level', False): key[:, world.column('amplitude')] = world.sizes[world.column('amplitude')] - 1
+    if settled and getattr(feature, 'erases_level', False): key[:, world.column('amplitude')] = len(world['amplitude']) - 1
     each, which = key.unique(dim=0, return_inverse=True) if settled else (rows, torch.arange(len(rows)))
     parts = progress(each.split(BLOCK), desc='features')
-    x = torch.cat([feature.encode(world.render(r, make_generator(seed, 'tones', i), device)) for i, r in enumerate(parts)])
+    clips = (world.render(r, make_generator(seed, 'tones', i), device) for i, r in enumerate(parts))
+    x = torch.cat([feature.encode(c) for c in clips])
     return x, rows, which

@@ -29,7 +29,7 @@ def log_pairs(z:torch.Tensor,      # Codes, (b, d)
     "Log-density of every code under every posterior."
     return -.5 * ((z[:, None] - mu).square() * torch.exp(-logvar) + logvar + math.log(2 * math.pi))
 
-# %% ../../nbs/41_losses.tc.ipynb #e9285feb
+# %% ../../nbs/41_losses.tc.ipynb #4340bd6d
 ESTIMATORS = ('mixture', 'weighted', 'stratified', 'column', 'reference')
 
 def log_weights(b:int,            # Batch
@@ -39,12 +39,14 @@ def log_weights(b:int,            # Batch
                )->torch.Tensor:   # (b, b)
     "Log of the weight that each posterior of the batch has in the mixture of each code."
     if estimator not in ESTIMATORS: raise ValueError(f"estimator is one of {', '.join(ESTIMATORS)}; got {estimator!r}")
-    if b < 2 or n < b: raise ValueError(f"an estimate needs a batch of at least 2 out of at least as many examples; got {b} of {n}")
-    if estimator in ('mixture', 'weighted'): return torch.full((b, b), -math.log(b * (n if estimator == 'weighted' else 1)), device=device)
-    w, i, rest = torch.full((b, b), 1/(b - 1), device=device), torch.arange(b, device=device), (n - b + 1)/(n * (b - 1))
+    if b < 2 or n < b:
+        raise ValueError(f"an estimate needs a batch of at least 2 out of at least as many examples; got {b} of {n}")
+    even = dict(mixture=1/b, weighted=1/(b*n)).get(estimator)
+    if even: return torch.full((b, b), math.log(even), device=device)
+    w, i, rest = torch.full((b, b), 1/(b - 1)), torch.arange(b), (n - b + 1)/(n * (b - 1))
     if estimator == 'stratified': w[i, i], w[i, (i + 1) % b] = 1/n, rest
     else: w[:, 0], w[:, 1], w[b - 2, 0] = 1/n, rest, rest
-    return w.log()
+    return w.log().to(device)
 
 # %% ../../nbs/41_losses.tc.ipynb #ada69c71
 def log_q(z:torch.Tensor,      # Codes, (b, d)
@@ -91,7 +93,7 @@ def ratio_tc(logits:torch.Tensor, # Of true codes, (b, 2): true, permuted
     "Total correlation as the discriminator sees it."
     return (logits[:, 0] - logits[:, 1]).mean()
 
-# %% ../../nbs/41_losses.tc.ipynb #1bc46cc3
+# %% ../../nbs/41_losses.tc.ipynb #f10089f5
 class VAELoss(nn.Module):
     "VAE and beta-VAE: error plus weighted divergence. Others override `terms`."
     def __init__(self,
@@ -107,7 +109,8 @@ class VAELoss(nn.Module):
     def recon(self, out): # Error of each example, (b,)
         error = squared_error(out['x_hat'], out['x'])
         if 'x_logvar' not in out: return error
-        return .5 * (error * torch.exp(-out['x_logvar']) + out['x'][0].numel() * (out['x_logvar'] + math.log(2 * math.pi)))
+        s, pixels = out['x_logvar'], out['x'][0].numel()
+        return .5 * (error * torch.exp(-s) + pixels * (s + math.log(2 * math.pi)))
 
     def forward(self,
                 out:dict, # What the model returned: x, x_hat, mu, logvar, z
@@ -116,7 +119,8 @@ class VAELoss(nn.Module):
         "Weighted sum; the parts of the last call are in `parts`."
         error, kl = self.recon(out), kl_standard(out['mu'], out['logvar'])
         t = dict(recon=error.sum() if self.faithful else error.mean()) | self.terms(out)
-        self.parts = {k: v.detach() for k, v in dict(kl=kl.mean(), lower_bound=-(error + kl).mean(), **{k: v for k, v in t.items() if k != 'kl'}).items()}
+        said = t | dict(kl=kl.mean(), lower_bound=-(error + kl).mean())
+        self.parts = {k: v.detach() for k, v in said.items()}
         return sum(self.weights[k] * v for k, v in t.items())
 
 # %% ../../nbs/41_losses.tc.ipynb #c5443b49
@@ -153,7 +157,7 @@ class BetaTCLoss(VAELoss):
         if self.faithful: z = mu + torch.exp(.5 * logvar) * torch.randn_like(mu)
         return split_kl(z, mu, logvar, self.n_data, self.estimator)
 
-# %% ../../nbs/41_losses.tc.ipynb #44db5495
+# %% ../../nbs/41_losses.tc.ipynb #bdee4a33
 class FactorLoss(VAELoss):
     "FactorVAE: total correlation as seen by a discriminator."
     def __init__(self,
@@ -182,12 +186,14 @@ class FactorLoss(VAELoss):
               )->torch.Tensor:                 # Scalar for the discriminator's optimiser
         "The discriminator's cross-entropy; call it after the loss of the same step."
         half = len(out['mu']) // 2
-        if not half: raise ValueError("a discriminator needs two codes to permute; got a batch of 1. Drop the last batch")
-        true, other = (self.judged, self.redrawn(out)['z'][half:2*half]) if self.faithful else (out['z'][:half].detach(), out['z'][half:2*half])
+        if not half:
+            raise ValueError("a discriminator needs two codes to permute; got a batch of 1. Drop the last batch")
+        other = (self.redrawn(out) if self.faithful else out)['z'][half:2*half]
+        true = self.judged if self.faithful else out['z'][:half].detach()
         logits = self.adversary(torch.cat([true[:half], permute_dims(other.detach(), generator)]))
         return F.cross_entropy(logits, torch.arange(2, device=logits.device).repeat_interleave(half))
 
-# %% ../../nbs/41_losses.tc.ipynb #ef225936
+# %% ../../nbs/41_losses.tc.ipynb #4bada54f
 class DIPLoss(VAELoss):
     "DIP-VAE I and II: the covariance of the latents should be the identity."
     def __init__(self,
@@ -205,9 +211,10 @@ class DIPLoss(VAELoss):
         cov = torch.cov(out['mu'].T, correction=0)
         if self.second: cov = cov + torch.diag(out['logvar'].exp().mean(0))
         on = cov.diagonal()
-        return super().terms(out) | dict(covariance=cov.square().sum() - on.square().sum(), variance=(on - 1).square().sum())
+        off = cov.square().sum() - on.square().sum()
+        return super().terms(out) | dict(covariance=off, variance=(on - 1).square().sum())
 
-# %% ../../nbs/41_losses.tc.ipynb #a50150e4
+# %% ../../nbs/41_losses.tc.ipynb #4b74bf4d
 class HFLoss(VAELoss):
     "HFVAE: total correlation between groups of latents and within them, weighed apart."
     def __init__(self,
@@ -221,12 +228,14 @@ class HFLoss(VAELoss):
                 ):
         super().__init__(faithful=faithful)
         self.weights = dict(recon=1., mi=alpha, between=beta, within=gamma, single=1.)
-        self.n_data, self.groups, self.estimator = n_data, list(groups.values() if hasattr(groups, 'values') else groups), estimator
+        self.n_data, self.estimator = n_data, estimator
+        self.groups = list(groups.values() if hasattr(groups, 'values') else groups)
 
     def terms(self, out):
-        q, between, each = log_q(out['z'], out['mu'], out['logvar'], self.n_data, self.estimator, self.groups)
-        t = split_kl(out['z'], out['mu'], out['logvar'], self.n_data, self.estimator)
-        return dict(mi=t['mi'], between=(q - between.sum(-1)).mean(), within=(between.sum(-1) - each.sum(-1)).mean(), single=t['single'])
+        codes = out['z'], out['mu'], out['logvar'], self.n_data, self.estimator
+        q, groups, each = log_q(*codes, self.groups)
+        t, groups = split_kl(*codes), groups.sum(-1)
+        return dict(mi=t['mi'], between=(q - groups).mean(), within=(groups - each.sum(-1)).mean(), single=t['single'])
 
 # %% ../../nbs/41_losses.tc.ipynb #bcc2fa18
 def share_posterior(mu:torch.Tensor,     # Posterior means, (2b, d): first clips, then second

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from fastcore.basics import patch
 
-# %% ../../nbs/31_models.vae.ipynb #6d39a01b
+# %% ../../nbs/31_models.vae.ipynb #cbbc4ee5
 class VAE(nn.Module):
     "Gaussian latents between an encoder and a decoder."
     def __init__(self,
@@ -27,7 +27,8 @@ class VAE(nn.Module):
         super().__init__()
         groups = dict(groups or {'z': latent})
         if sum(groups.values()) != latent or min(groups.values()) < 1:
-            raise ValueError(f"groups share out {latent} latents, at least one each; got {groups} with {sum(groups.values())}")
+            raise ValueError(f"groups share out {latent} latents, at least one each; got {groups} with "
+                             f"{sum(groups.values())}")
         self.encoder, self.decoder, self.shape, self.groups = encoder, decoder, tuple(shape), groups
         self.lin_mu, self.lin_logvar = nn.Linear(width, latent), nn.Linear(width, latent)
         self.sample_in_eval, self.logvar_clamp, self.between = sample_in_eval, logvar_clamp, None
@@ -38,13 +39,15 @@ class VAE(nn.Module):
     def split(self, z): # (b, d) -> factor -> (b, its dimensions)
         return dict(zip(self.groups, z.split(list(self.groups.values()), -1)))
 
-# %% ../../nbs/31_models.vae.ipynb #71eb2f17
+# %% ../../nbs/31_models.vae.ipynb #2c1b96dd
 @patch
 def posterior(self:VAE,
               x:torch.Tensor, # Inputs, (b, *shape)
              )->tuple:        # Mean and log-variance, (b, d) each, float32
     "Gaussian posterior of all latents."
-    if tuple(x.shape[1:]) != self.shape: raise ValueError(f"{type(self).__name__} takes inputs of shape (b, {', '.join(map(str, self.shape))}); got {tuple(x.shape)}")
+    if tuple(x.shape[1:]) != self.shape:
+        raise ValueError(f"{type(self).__name__} takes inputs of shape (b, {', '.join(map(str, self.shape))}); got "
+                         f"{tuple(x.shape)}")
     h = self.encoder(x)
     mu, logvar = self.lin_mu(h).float(), self.lin_logvar(h).float()
     return mu, (logvar.clamp(*self.logvar_clamp) if self.logvar_clamp else logvar)
@@ -63,7 +66,8 @@ def decode(self:VAE,
           )->torch.Tensor: # (b, *shape)
     "Inputs from codes."
     if codes: named = {**dict(zip(self.factors, codes)), **named}
-    if set(named) != set(self.factors) or len(codes) > len(self.factors): raise ValueError(f"decoding takes {', '.join(self.factors)}; got {', '.join(named) or 'nothing'}")
+    if set(named) != set(self.factors) or len(codes) > len(self.factors):
+        raise ValueError(f"decoding takes {', '.join(self.factors)}; got {', '.join(named) or 'nothing'}")
     return self.decoder(torch.cat([named[f] for f in self.factors], 1))
 
 # %% ../../nbs/31_models.vae.ipynb #2ddfb642
@@ -101,7 +105,7 @@ def nearest(self:VAE, factor:str, z:torch.Tensor)->torch.Tensor: # Log-probabili
     self.component(factor, 0)
     return z.new_zeros(len(z), 1)
 
-# %% ../../nbs/31_models.vae.ipynb #76cf811d
+# %% ../../nbs/31_models.vae.ipynb #f232e7c2
 def _leaky(): return nn.LeakyReLU(.01, inplace=True)
 
 def conv_stacks(shape:tuple,    # (f, n), each divisible by 2 to the number of channels
@@ -112,9 +116,11 @@ def conv_stacks(shape:tuple,    # (f, n), each divisible by 2 to the number of c
     "Convolutions with pooling, and transposed convolutions back."
     scale = 2**len(channels)
     if any(s % scale or s < scale for s in shape):
-        raise ValueError(f"{len(channels)} halvings need bands and frames divisible by {scale}; got {shape[0]} x {shape[1]}. Pad or cut the feature")
+        raise ValueError(f"{len(channels)} halvings need bands and frames divisible by {scale}; got {shape[0]} x "
+                         f"{shape[1]}. Pad or cut the feature")
     small = channels[-1], shape[0]//scale, shape[1]//scale
-    sizes, back, enc, dec = [math.prod(small), *hidden], [latent, *hidden[::-1], math.prod(small)], [nn.Unflatten(1, (1, shape[0]))], []
+    sizes, back = [math.prod(small), *hidden], [latent, *hidden[::-1], math.prod(small)]
+    enc, dec = [nn.Unflatten(1, (1, shape[0]))], []
     for i, o in zip((1, *channels), channels): enc += [nn.Conv2d(i, o, 3, padding=1), nn.MaxPool2d(2), _leaky()]
     enc.append(nn.Flatten())
     for i, o in zip(sizes, sizes[1:]): enc += [nn.Linear(i, o), _leaky()]
@@ -123,7 +129,7 @@ def conv_stacks(shape:tuple,    # (f, n), each divisible by 2 to the number of c
     for i, o in zip(channels[::-1], (*channels[-2::-1], 1)): dec += [nn.ConvTranspose2d(i, o, 3, 2, 1, 1), _leaky()]
     return nn.Sequential(*enc), nn.Sequential(*dec[:-1], nn.Sigmoid(), nn.Flatten(1, 2))
 
-# %% ../../nbs/31_models.vae.ipynb #798493f6
+# %% ../../nbs/31_models.vae.ipynb #7aef797c
 class ToneVAE(VAE):
     "The published VAE of tones."
     def __init__(self,
@@ -137,12 +143,12 @@ class ToneVAE(VAE):
                  logvar_clamp:tuple=None,   # Bounds of the log-variance
                 ):
         args = {k: v for k, v in locals().items() if k not in ('self', '__class__')}
-        super().__init__(*conv_stacks((n_mels, n_frames), channels, hidden, latent), (n_mels, n_frames), hidden[-1], latent, groups,
-                         sample_in_eval, logvar_clamp)
+        stacks = conv_stacks((n_mels, n_frames), channels, hidden, latent)
+        super().__init__(*stacks, (n_mels, n_frames), hidden[-1], latent, groups, sample_in_eval, logvar_clamp)
         self.args = args
         self.to(memory_format=torch.channels_last)
 
-# %% ../../nbs/31_models.vae.ipynb #bdce7099
+# %% ../../nbs/31_models.vae.ipynb #1d292de9
 def _normed(conv, c): return [conv, nn.GroupNorm(8, c), nn.SiLU(inplace=True)]
 
 class SmallVAE(VAE):
@@ -158,21 +164,26 @@ class SmallVAE(VAE):
                 ):
         args = {k: v for k, v in locals().items() if k not in ('self', '__class__')}
         scale = 2**len(channels)
-        if n_mels % scale or n_frames % scale: raise ValueError(f"{len(channels)} halvings need bands and frames divisible by {scale}; got {n_mels} x {n_frames}. Pad or cut the feature")
+        if n_mels % scale or n_frames % scale:
+            raise ValueError(f"{len(channels)} halvings need bands and frames divisible by {scale}; got {n_mels} x "
+                             f"{n_frames}. Pad or cut the feature")
         small = channels[-1], n_mels//scale, n_frames//scale
         enc, dec = [nn.Unflatten(1, (1, n_mels))], []
         for i, o in zip((1, *channels), channels): enc += _normed(nn.Conv2d(i, o, 3, 2, 1), o)
         enc += [nn.Flatten(), nn.Linear(math.prod(small), hidden), nn.SiLU()]
-        dec += [nn.Linear(latent, hidden), nn.SiLU(), nn.Linear(hidden, math.prod(small)), nn.SiLU(), nn.Unflatten(1, small)]
-        for i, o in zip(channels[::-1], channels[-2::-1]): dec += [nn.Upsample(scale_factor=2), *_normed(nn.Conv2d(i, o, 3, 1, 1), o)]
+        dec += [nn.Linear(latent, hidden), nn.SiLU(), nn.Linear(hidden, math.prod(small)), nn.SiLU()]
+        dec += [nn.Unflatten(1, small)]
+        for i, o in zip(channels[::-1], channels[-2::-1]):
+            dec += [nn.Upsample(scale_factor=2), *_normed(nn.Conv2d(i, o, 3, 1, 1), o)]
         dec += [nn.ConvTranspose2d(channels[0], 1, 4, 2, 1), nn.Flatten(1, 2)]
-        super().__init__(nn.Sequential(*enc), nn.Sequential(*dec), (n_mels, n_frames), hidden, latent, groups, False, logvar_clamp)
+        super().__init__(nn.Sequential(*enc), nn.Sequential(*dec), (n_mels, n_frames), hidden, latent, groups, False,
+                         logvar_clamp)
         self.x_logvar, self.args = nn.Parameter(torch.zeros(())), args
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x): return super().forward(x) | dict(x_logvar=self.x_logvar)
 
-# %% ../../nbs/31_models.vae.ipynb #7aa7a3a9
+# %% ../../nbs/31_models.vae.ipynb #0266673c
 class Discriminator(nn.Module):
     "Tells codes from codes whose coordinates were permuted over the batch."
     def __init__(self,
@@ -183,13 +194,14 @@ class Discriminator(nn.Module):
         super().__init__()
         self.args = dict(latent=latent, width=width, depth=depth)
         sizes = [latent, *[width]*depth]
-        self.layers = nn.Sequential(*[m for i, o in zip(sizes, sizes[1:]) for m in (nn.Linear(i, o), nn.LeakyReLU(.2, inplace=True))], nn.Linear(width, 2))
+        pairs = [(nn.Linear(i, o), nn.LeakyReLU(.2, inplace=True)) for i, o in zip(sizes, sizes[1:])]
+        self.layers = nn.Sequential(*[m for p in pairs for m in p], nn.Linear(width, 2))
         for m in self.layers:
             if isinstance(m, nn.Linear): nn.init.kaiming_uniform_(m.weight, nonlinearity='relu')
 
     def forward(self, z): return self.layers(z) # (b, d) -> (b, 2) logits: true, permuted
 
-# %% ../../nbs/31_models.vae.ipynb #445acc9a
+# %% ../../nbs/31_models.vae.ipynb #e15b6663
 class WaveVAE(VAE):
     "The published VAE of waveforms."
     def __init__(self,
@@ -197,11 +209,14 @@ class WaveVAE(VAE):
                  latent:int=8,        # Dimensions `d`
                  groups:dict=None,    # Name -> dimensions; one factor `z` when None
                 ):
-        if n_samples % 4 or n_samples < 4: raise ValueError(f"two halvings need samples divisible by 4; got {n_samples}. Cut the clip")
+        if n_samples % 4 or n_samples < 4:
+            raise ValueError(f"two halvings need samples divisible by 4; got {n_samples}. Cut the clip")
         enc = nn.Sequential(nn.Unflatten(1, (1, n_samples)), nn.Conv1d(1, 16, 5, padding=2), nn.MaxPool1d(2), _leaky(),
-                            nn.Conv1d(16, 32, 3, padding=1), nn.MaxPool1d(2), _leaky(), nn.Flatten(), nn.Linear(8*n_samples, 64), _leaky())
-        dec = nn.Sequential(nn.Linear(latent, 64), _leaky(), nn.Linear(64, n_samples), _leaky(), nn.Unflatten(1, (1, n_samples)),
-                            nn.ConvTranspose1d(1, 16, 5, padding=2), _leaky(), nn.ConvTranspose1d(16, 1, 3, padding=1), nn.Tanh(), nn.Flatten(1))
+                            nn.Conv1d(16, 32, 3, padding=1), nn.MaxPool1d(2), _leaky(), nn.Flatten(),
+                            nn.Linear(8*n_samples, 64), _leaky())
+        dec = nn.Sequential(nn.Linear(latent, 64), _leaky(), nn.Linear(64, n_samples), _leaky(),
+                            nn.Unflatten(1, (1, n_samples)), nn.ConvTranspose1d(1, 16, 5, padding=2), _leaky(),
+                            nn.ConvTranspose1d(16, 1, 3, padding=1), nn.Tanh(), nn.Flatten(1))
         super().__init__(enc, dec, (n_samples,), 64, latent, groups)
         self.args = dict(n_samples=n_samples, latent=latent, groups=groups)
 
@@ -212,6 +227,6 @@ class WaveClassifier(nn.Sequential):
                  n_classes:int=4,     # Waveforms
                 ):
         super().__init__(nn.Unflatten(1, (1, n_samples)), nn.Conv1d(1, 16, 5, padding=2), nn.ReLU(), nn.MaxPool1d(2),
-                         nn.Conv1d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool1d(2), nn.Flatten(), nn.Linear(8*n_samples, 64), nn.ReLU(),
-                         nn.Linear(64, n_classes))
+                         nn.Conv1d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool1d(2), nn.Flatten(),
+                         nn.Linear(8*n_samples, 64), nn.ReLU(), nn.Linear(64, n_classes))
         self.args = dict(n_samples=n_samples, n_classes=n_classes)
