@@ -264,10 +264,11 @@ def naive_waves(freq:torch.Tensor,   # Hz, (n,)
     out[:, 3] = torch.where(phase < math.pi, 1., -1.)
     return out
 
-# %% ../../nbs/10_data.syntone.ipynb #9ca729b5
+# %% ../../nbs/10_data.syntone.ipynb #dd210460
 EDGE = .45  # Overtones end at this share of the sample rate
 STEP, POWER = torch.tensor([0, 2, 1, 2]), torch.tensor([0., 2., 1., 1.])
-GAIN, OFFSET = torch.tensor([1., 8/math.pi**2, 2/math.pi, 4/math.pi]), torch.tensor([0., -.25, .5, 0.], dtype=torch.float64)
+GAIN = torch.tensor([1., 8/math.pi**2, 2/math.pi, 4/math.pi])
+OFFSET = torch.tensor([0., -.25, .5, 0.], dtype=torch.float64)  # Cycles
 
 def partial_count(timbre:torch.Tensor, # Number in `WAVES`, (n,)
                   freq:torch.Tensor,   # Fundamental, Hz, (n,)
@@ -339,7 +340,7 @@ def bent_sum(freq:torch.Tensor,  # Fundamental, Hz, (n,) float64
         out += amp[:, k:k + 1] * cycles.mul_(2*math.pi).sin_()
     return out
 
-# %% ../../nbs/10_data.syntone.ipynb #46cfd637
+# %% ../../nbs/10_data.syntone.ipynb #81174538
 BLOCK = 160  # Clips rendered at a time; in a file each block has a random stream of its own
 EXTRAS = dict(attack=('s', 0.), decay=('s', math.inf), vibrato_rate=('Hz', 5.5), vibrato_depth=('cents', 0.),
               tilt=('dB/octave', 0.), inharmonicity=('', 0.), noise=('dB', -math.inf))
@@ -357,7 +358,8 @@ def _levels(name, levels, unit):
     if v.ndim != 1 or not len(v) or not np.isfinite(v).all():
         raise WorldError(f"{name} takes finite numbers ({unit}); got {levels}")
     if (v < 0).any() and name in ('attack', 'vibrato_depth', 'inharmonicity') or (v <= 0).any() and name in POSITIVE:
-        raise WorldError(f"{name} is {'positive' if name in POSITIVE else 'zero or more'}; got {v.min():g} {unit}".rstrip())
+        least = 'positive' if name in POSITIVE else 'zero or more'
+        raise WorldError(f"{name} is {least}; got {v.min():g} {unit}".rstrip())
     return Factor(name, 'continuous', v.tolist(), unit)
 
 def _check_range(freqs, top, sr, dur, timbres, compat):
@@ -369,10 +371,10 @@ def _check_range(freqs, top, sr, dur, timbres, compat):
     lo, hi = identifiable(sr, dur)
     out = (freqs*top > hi) | (freqs < lo)
     if not compat and len(timbres) > 1 and out.any():
-        warnings.warn(f"{out.mean():.0%} of the frequencies lie outside {lo:g} to {hi:g} Hz, where all waveforms can be told apart; "
-                      "scores of timbre will be lower for it", stacklevel=4)
+        warnings.warn(f"{out.mean():.0%} of the frequencies lie outside {lo:g} to {hi:g} Hz, where all waveforms can be "
+                      "told apart; scores of timbre will be lower for it", stacklevel=4)
 
-# %% ../../nbs/10_data.syntone.ipynb #a8b9d6ef
+# %% ../../nbs/10_data.syntone.ipynb #b0604337
 class Tones(FactorWorld):
     "Tones of known waveform, amplitude and frequency, and more if wanted."
     def __init__(self,
@@ -404,7 +406,8 @@ class Tones(FactorWorld):
         self.constants = {k: v for k, (_, v) in EXTRAS.items()} | {f.name: f.levels[0] for f in more if len(f) == 1}
         self.compat, self.phase, self.equal_rms = compat, phase, equal_rms
         self.args = dict(freqs=list(base[0].levels), amps=list(base[1].levels), timbres=list(timbres), sr=int(sr),
-                         dur=float(dur), compat=compat, phase=phase, equal_rms=equal_rms, **{f.name: list(f.levels) for f in more})
+                         dur=float(dur), compat=compat, phase=phase, equal_rms=equal_rms,
+                         **{f.name: list(f.levels) for f in more})
         bend = 2**(max(np.atleast_1d(extras.get('vibrato_depth', 0)))/1200)
         _check_range(base[0].values, bend, sr, dur, timbres, compat)
 

@@ -65,7 +65,7 @@ class LevelMel(MaxMel):
     @property
     def args(self): return super().args | dict(floor=self.floor, top=self.top)
 
-# %% ../../nbs/20b_features.tonemel.ipynb #a83552e7
+# %% ../../nbs/20b_features.tonemel.ipynb #3bafa7b7
 def world_features(world:FactorWorld,      # Tones, notes, …
                    feature,                # `encode(wav) -> x`
                    rows:torch.Tensor=None, # Choices, (n, k); the whole grid when None
@@ -75,7 +75,8 @@ def world_features(world:FactorWorld,      # Tones, notes, …
     "Features of every clip of a world."
     rows = world.grid() if rows is None else rows
     key, settled = rows.clone(), getattr(world, 'compat', False)
-    if settled and getattr(feature, 'erases_level', False): key[:, world.column('amplitude')] = len(world['amplitude']) - 1
+    if settled and getattr(feature, 'erases_level', False):
+        key[:, world.column('amplitude')] = len(world['amplitude']) - 1
     each, which = key.unique(dim=0, return_inverse=True) if settled else (rows, torch.arange(len(rows)))
     parts = progress(each.split(BLOCK), desc='features')
     clips = (world.render(r, make_generator(seed, 'tones', i), device) for i, r in enumerate(parts))
