@@ -97,7 +97,7 @@ def settle(system, # Trained
         system.save(Path(aside)/'system')
         for name in ('weights.safetensors', 'card.json'): os.replace(Path(aside)/'system'/name, out/name)
 
-# %% ../nbs/90_cli.ipynb #b37618ce
+# %% ../nbs/90_cli.ipynb #4fdd1ed4
 _positive = 'epochs bs lr channels hidden latent n_mels'.split()
 
 def check_card(card)->None: # A `GMVAECard`
@@ -107,7 +107,7 @@ def check_card(card)->None: # A `GMVAECard`
     for k in _positive:
         if not getattr(card, k) > 0: raise UserError(f'--set {k}={getattr(card, k)}: expected more than 0')
     for k, lo, hi in (('held', 0, 1), ('label_portion', -1e-9, 1 + 1e-9), ('ramp', -1e-9, 1 + 1e-9)):
-        if not lo < getattr(card, k) < hi: raise UserError(f'--set {k}={getattr(card, k)}: expected a share from 0 to 1')
+        if not lo < getattr(card, k) < hi: raise UserError(f"--set {k}={getattr(card, k)}: expected a share from 0 to 1{', both left out' if k == 'held' else ''}")
     if card.division < 0: raise UserError(f'--set division={card.division}: expected 0 or more')
     with told(ValueError): check_parts(card)
     if card.bs < 2: raise UserError(f'--set bs={card.bs}: batch statistics need at least 2 notes a step')
@@ -135,7 +135,7 @@ def make_card(args,       # `recipe`, `profile`, `seed`, `data`, `set`
     check_card(card)
     return card
 
-# %% ../nbs/90_cli.ipynb #ecc9582f
+# %% ../nbs/90_cli.ipynb #b5009d76
 def _row(label, d, key='acc', beside=''):
     "One line of the scoreboard, or none."
     if not isinstance(d, dict) or d.get(key) is None: return []
@@ -152,7 +152,7 @@ def probe_rows(p:dict)->list:
             beside = f'best logistic regression on mel statistics {max(base):.2f}' if code == factor and base else ''
             if code != factor and isinstance(d, dict): beside = f"leak; by guessing {d.get('floor_held', d.get('floor', math.nan)):.2f}"
             out += _row(f'{code} code -> {name}', d, beside=beside)
-    for f, name in names.items(): out += _row(f'nearest component is the {name}', p.get(f'nearest {f}'))
+    for f, name in names.items(): out += _row(f"nearest component (the system's own naming): {name}", p.get(f'nearest {f}'))
     return out
 
 def swap_test_rows(rows:list)->list:
@@ -187,11 +187,11 @@ def swap_rows(r:dict)->list:
 def board(result:dict)->str: # What `evaluate_study` found
     "The scoreboard of a run as text."
     probes, swaps = probe_rows(result.get('probes') or {}), swap_rows(result)
-    lines = ['What the codes of held-out notes tell', *probes] + (['What edits do', *swaps] if swaps else [])
+    lines = ['What the codes of held-out notes tell a linear classifier that was taught on the others', *probes] + (['What edits do', *swaps] if swaps else [])
     if 'skipped' in result: lines.append(f"  not judged: {result['skipped']}")
     return '\n'.join(lines)
 
-# %% ../nbs/90_cli.ipynb #8064bbe1
+# %% ../nbs/90_cli.ipynb #f645525f
 def median_count(y)->float: # Median number of items a class
     "How many items the median class has."
     import torch
@@ -211,7 +211,7 @@ def too_few(data, # `NoteData`
 def measure(system, data, quick:bool=False)->dict: # All numbers of the study
     "The study's protocol, or as much of it as the data allow, beside the trivial baseline."
     from disentangle_nb.studies.gmvae import baseline_study, evaluate_study, probe_study, recon_study
-    why = 'the quick profile trains no judges' if quick else too_few(data)
+    why = 'the quick profile trains no judges; disentangle_eval does' if quick else too_few(data)
     if why is None: return evaluate_study(system, data)
     return dict(probes={**probe_study(system.model, data), **baseline_study(data)}, recon=recon_study(system.model, data), skipped=why)
 
@@ -409,7 +409,7 @@ def evaluate(argv=None)->int: # Exit status
     "`disentangle_eval`: examine a saved system."
     return command('disentangle_eval', _evaluate, argv)
 
-# %% ../nbs/90_cli.ipynb #e792ab87
+# %% ../nbs/90_cli.ipynb #e24e277c
 def transfer_parser()->Parser:
     "What `disentangle_transfer` understands."
     p = Parser(prog='disentangle_transfer', description='Timbre transfer or transposition of a recorded note or solo. '
@@ -429,6 +429,7 @@ def _transfer(argv):
     from disentangle_nb.synthesis.transfer import EditError, transfer_file
     args = transfer_parser().parse_args(argv)
     if args.to is None and args.pitch is None: raise UserError('nothing to change; name an instrument with --to, or semitones with --pitch')
+    if args.alpha != 1 and args.to is None: raise UserError('--alpha says how far to go to the instrument of --to; name one')
     system = open_run(args.run, args.device)
     done = '-'.join([*([args.to] if args.to else []), *([f'{args.pitch:+d}'] if args.pitch is not None else [])])
     out = Path(args.out or f'out/{Path(args.input).stem}-{done}.wav')

@@ -217,7 +217,7 @@ def _fit_items(v, kind, args, name):
         return tuple(_fit(x, a, f'{name}[{i}]') for i, (x, a) in enumerate(zip(v, args)))
     return kind(_fit(x, args[0] if args else typing.Any, f'{name}[{i}]') for i, x in enumerate(v))
 
-# %% ../nbs/00_core.ipynb #961fb097
+# %% ../nbs/00_core.ipynb #f99a6bc2
 def _read_text(text:str, t, name:str):
     "Command-line `text` as type `t`."
     options = typing.get_args(t) if typing.get_origin(t) in (typing.Union, types.UnionType) else (t,)
@@ -230,6 +230,8 @@ def _read_text(text:str, t, name:str):
     for o in options:
         for v in ([text] if o in (str, Path) else tries):
             with contextlib.suppress(CardError): return _fit(v, o, name)
+    choices = typing.get_args(t) if typing.get_origin(t) is typing.Literal else ()
+    if choices: raise CardError(f"{name}: there is no {text!r}; choose {', '.join(map(str, choices))}")
     raise CardError(f"{name} should be {getattr(t, '__name__', t)}; cannot read {text!r} as that")
 
 # %% ../nbs/00_core.ipynb #40fe7f58
@@ -277,7 +279,7 @@ class RunCard:
         for name in kw: self.check_name(name)
         return dataclasses.replace(self, **{k: _fit(v, self.types()[k], k) for k, v in kw.items()})
 
-# %% ../nbs/00_core.ipynb #49944228
+# %% ../nbs/00_core.ipynb #8d4591d3
 def _one(card:RunCard, name:str, text:str, full:str):
     "Card with setting `name` (dots reach inside) read from `text`."
     head, _, rest = name.partition('.')
@@ -285,10 +287,11 @@ def _one(card:RunCard, name:str, text:str, full:str):
     now, t = getattr(card, head), card.types()[head]
     if not rest: return card.replace(**{head: _read_text(text, t, full)})
     if isinstance(now, RunCard): return card.replace(**{head: _one(now, rest, text, full)})
-    if not isinstance(now, dict): raise CardError(f"{head} is not a group of settings, so {full!r} does not exist")
-    if rest not in now: raise CardError(f"{head} has no entry {rest!r}; it has: {', '.join(now)}")
-    kind = (typing.get_args(t) or (None, type(now[rest])))[1]
-    return card.replace(**{head: {**now, rest: _read_text(text, kind, full)}})
+    group = next((o for o in (t, *typing.get_args(t)) if (typing.get_origin(o) or o) is dict), None)
+    if group is None: raise CardError(f"{head} is not a group of settings, so {full!r} does not exist")
+    if group is t and rest not in now: raise CardError(f"{head} has no entry {rest!r}; it has: {', '.join(now)}")
+    kind = (typing.get_args(group) or (None, type((now or {}).get(rest, text))))[1]
+    return card.replace(**{head: {**(now or {}), rest: _read_text(text, kind, full)}})
 
 @patch
 def override(self:RunCard, pairs, # Texts `name=value`, as given to `--set`

@@ -34,7 +34,8 @@ def collection(folder, midi=range(57, 67), partials=PARTIALS):
 
 def process(name, *args, cwd, **kw):
     return subprocess.Popen([sys.executable, '-c', f'from disentangle_nb.cli import {name}; raise SystemExit({name}())', *map(str, args)], cwd=cwd,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **kw)  # a suite begun in the background ignores it, and so would this
 
 
 def finish(p, timeout=300):
@@ -147,7 +148,8 @@ def test_killed_and_interrupted_training_ends_with_the_same_weights(place, capsy
     (['gmvae', '--set', 'epochs=0'], ['more than 0']),
     (['gmvae', '--set', 'bs=1'], ['at least 2']),
     (['gmvae', '--set', 'held=1.5'], ['share from 0 to 1']),
-    (['gmvae', '--set', 'weights.beauty=1'], ["no entry 'beauty'"]),
+    (['gmvae', '--set', 'weights.beauty=1'], ['weights.beauty', 'no such weight']),
+    (['gmvae', '--set', 'split=cell'], ["no 'cell'", 'pitches']),
     (['gmvae', '--set', 'weights={"beauty": 1.0}'], ['no such weight', 'recon']),
     (['gmvae', '--set', 'latent=15'], ['latent=15', 'even']),
     (['gmvae', '--profile', 'tiny'], ['invalid choice', 'quick']),
@@ -287,6 +289,8 @@ def test_small_collections_get_settings_of_their_own(place):
     args = cli.train_parser().parse_args(['gmvae', '--data', str(place/'organ'), '--set', 'channels=17'])
     notes = lambda n: pd.DataFrame(dict(source=['folder']*n))
     card = cli.make_card(args, notes(30))
+    two = cli.make_card(cli.train_parser().parse_args(['gmvae', '--set', 'weights.recon=2']))
+    assert two.weights['recon'] == 2 and two.weights['adversary'] == 20
     assert card.channels == 17 and card.eq_db == cli.SMALL['eq_db'] and card.shifts == cli.SMALL['shifts']
     assert cli.make_card(args, notes(5000)).eq_db != cli.SMALL['eq_db']
 

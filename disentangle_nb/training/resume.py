@@ -170,7 +170,7 @@ def restore_record(learn, tensors, numbers):
     if parts is not None: parts.history = numbers['parts']
     for dl, state in zip(learn.dls.loaders, numbers['loaders']): set_loader(dl, state)
 
-# %% ../../nbs/52_training.resume.ipynb #16f256a4
+# %% ../../nbs/52_training.resume.ipynb #9ae13b0c
 class Checkpoint(Callback):
     "Writes everything a run depends on at the ends of epochs, and goes on from there."
     order, run_valid = 65, True
@@ -218,6 +218,6 @@ class Checkpoint(Callback):
         numbers = run_numbers(self.learn) | dict(chance=plain, run=self.description)
         spoilt = [k for k, v in tensors.items() if k.startswith(('model.', 'loss.', 'opt.')) and v.is_floating_point() and not v.isfinite().all()]
         if spoilt: raise TrainingDiverged(f"{spoilt[0]} is not finite any more after epoch {self.epoch + 1}, so no checkpoint was written. "
-                                          f"Last good checkpoint: {self.last or 'none was written'}. Lower the learning rate or resume from it")
+                                          f"Last good checkpoint: {self.last or 'none was written'}. Lower the learning rate{' or resume from it' if self.last else ''}")
         self.last = write_checkpoint(self.folder, tensors, numbers, self.keep)
         self.wrote = time.monotonic()
