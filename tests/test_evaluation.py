@@ -263,6 +263,18 @@ def test_swap_asks_only_for_what_exists(stage):
     assert {a for a in asked} == {'Reed', None}
 
 
+def test_unedited_sound_is_asked_what_each_edit_would_keep(stage):
+    _, _, table, clips, judges = stage
+    class Wrong:
+        classes = judges['timbre'].classes
+        def posterior(self, x): return judges['timbre'].posterior(x).roll(1, 1)
+    df = swap_test(Oracle(stage), clips, table, 'timbre', {**judges, 'timbre': Wrong()})
+    plain = df[df.condition == 'no edit']
+    assert plain.kept_timbre.mean() >= .9 and plain.kept_pitch.max() == 0 == plain.kept.max()
+    assert df.loc[df.condition == 'edit', ['kept_timbre', 'kept_pitch']].isna().all(axis=None)
+    assert {'kept_timbre', 'kept_pitch'} <= set(swap_summary(df).measure)
+
+
 def test_swap_summary_and_errors(stage):
     _, _, table, clips, judges = stage
     df, _ = score(Oracle, stage, factors='pitch')
