@@ -135,12 +135,12 @@ def make_card(args,       # `recipe`, `profile`, `seed`, `data`, `set`
     check_card(card)
     return card
 
-# %% ../nbs/90_cli.ipynb #b5009d76
+# %% ../nbs/90_cli.ipynb #c89c0b04
 def _row(label, d, key='acc', beside=''):
     "One line of the scoreboard, or none."
     if not isinstance(d, dict) or d.get(key) is None: return []
     span = f"[{d['lo']:.2f}, {d['hi']:.2f}]" if 'lo' in d and 'hi' in d else ''
-    return [f'  {label:<58}{d[key]:6.2f}  {span:<14}{beside}'.rstrip()]
+    return [f'  {label:<61}{d[key]:6.2f}  {span:<14}{beside}'.rstrip()]
 
 def probe_rows(p:dict)->list:
     "Lines for what the codes tell."
