@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Parts', 'PartMetric', 'SmoothLoss', 'Views', 'Schedule', 'TrainingDiverged', 'NaNGuard', 'KeepBest', 'bf16_support',
-           'Bf16', 'adam', 'param_groups', 'LateStart', 'watched', 'columns', 'gmvae_learner']
+           'Bf16', 'adam', 'param_groups', 'LateStart', 'watched', 'system_learner', 'columns', 'gmvae_learner']
 
 # %% ../../nbs/51_training.learner.ipynb #abb70f0d
 import math, os, sys, tempfile, warnings
@@ -221,11 +221,41 @@ class LateStart(Learner):
         first, self.first_epoch = self.first_epoch, 0
         for self.epoch in range(first, self.n_epoch): self._with_events(self._do_epoch, 'epoch', CancelEpochException)
 
-# %% ../../nbs/51_training.learner.ipynb #b57b78f4
+# %% ../../nbs/51_training.learner.ipynb #4069fa22
 def watched()->bool: # Whether anybody sees a progress bar
     "In a notebook that isn't a test, or at a terminal."
     return not os.environ.get('IN_TEST') and (IN_NOTEBOOK or sys.stdout.isatty())
 
+# %% ../../nbs/51_training.learner.ipynb #41e7116a
+def system_learner(
+    dls,                        # DataLoaders of whole batches, with `n_inp=1`
+    model:nn.Module,            # What is saved
+    loss:nn.Module,             # Objective with `parts` and `weights`
+    names:list,                 # Parts that become columns of the table
+    lr:float=1e-3,              # Learning rate when `fit` gets none
+    wd:float=0.,                # Weight decay
+    opt_func=None,              # fastai optimiser function; None is fused AMSGrad
+    splitter=None,              # model -> parameter groups; model and objective when None
+    monitor:str=None,           # Column that selects the epoch to keep; None keeps the last
+    patience:int=None,          # Epochs without improvement before stopping
+    schedules:dict=None,        # weight name -> fastai schedule
+    bf16:bool=False,            # bfloat16 in training, where the device does it natively
+    bars:bool=None,             # Progress bars and table; None: only where somebody is looking (a notebook, a terminal)
+    cbs=None,                   # More callbacks
+    path=None,                  # Folder for fastai's own temporary files
+)->Learner:
+    "Learner with named parts as columns and a guard against NaN."
+    loss.to(dls.device), model.to(dls.device)
+    parts = Parts()
+    own = [parts, NaNGuard()] + ([Schedule(**schedules)] if schedules else []) + ([Bf16()] if bf16 else [])
+    if monitor: own.append(KeepBest(monitor, larger=monitor.endswith(('bound', 'acc')), patience=patience))
+    learn = LateStart(dls, model, loss_func=loss, lr=lr, wd=wd, opt_func=opt_func or adam(), splitter=splitter or (lambda m: param_groups(m, loss)),
+                      metrics=[PartMetric(parts, n) for n in names], cbs=own + list(L(cbs)), path=Path(path or Path(tempfile.gettempdir())/'disentangle_nb'))
+    learn.recorder.smooth_loss = SmoothLoss()
+    if not (watched() if bars is None else bars): learn.remove_cb(ProgressCallback).logger = noop
+    return learn
+
+# %% ../../nbs/51_training.learner.ipynb #9426e906
 def columns(model:nn.Module, # GMVAE
            )->list:          # Names of the parts shown after each epoch
     "Parts of the published objective that this model has, in table order."
@@ -239,34 +269,19 @@ def _sizes(dls):
     top = lambda i: 1 + int(max(dl.tensors[i].max() if hasattr(dl, 'tensors') else max(b[i].max() for b in dl) for dl in dls.loaders))
     return dict(n_mels=x.shape[1], n_frames=x.shape[2], n_timbre=top(1), n_pitch=top(2))
 
-# %% ../../nbs/51_training.learner.ipynb #8a4d425d
+# %% ../../nbs/51_training.learner.ipynb #bdbe2f1f
 def gmvae_learner(
     dls,                        # DataLoaders whose batches are (x, timbre, pitch, labelled), with `n_inp=1`
     model:nn.Module=None,       # GMVAE; None builds the reference size for the first batch's shape
     loss:nn.Module=None,        # Objective; None is the published one
     lr:float=3e-4,              # Learning rate when `fit` gets none (the paper: 1e-4)
-    wd:float=0.,                # Weight decay
-    opt_func=None,              # fastai optimiser function; None is fused AMSGrad
     monitor:str='lower_bound',  # Column that selects the epoch to keep; None keeps the last
-    patience:int=None,          # Epochs without improvement before stopping
-    schedules:dict=None,        # weight name -> fastai schedule, e.g. `{'timbre_kl': SchedLin(0., 1.)}`
-    bf16:bool=False,            # bfloat16 in training, where the device does it natively
     faithful:bool=False,        # The published code's evaluation: codes drawn, cross-entropy over all notes
-    bars:bool=None,             # Progress bars and table; None: only where somebody is looking (a notebook, a terminal)
     cbs=None,                   # More callbacks
-    path=None,                  # Folder for fastai's own temporary files
+    **kw                        # Passed to `system_learner`
 )->Learner:
     "Learner for a GMVAE with named parts as columns, selection without labels, and a guard against NaN."
     loss = GMVAELoss() if loss is None else loss
     model = GMVAE(**_sizes(dls)) if model is None else model
     if faithful: model.sample_in_eval, model.class_from, loss.faithful = True, 'sample', True
-    loss.to(dls.device), model.to(dls.device)
-    parts = Parts()
-    own = [parts, Views(), NaNGuard()] + ([Schedule(**schedules)] if schedules else []) + ([Bf16()] if bf16 else [])
-    if monitor: own.append(KeepBest(monitor, larger=monitor.endswith(('bound', 'acc')), patience=patience))
-    learn = LateStart(dls, model, loss_func=loss, lr=lr, wd=wd, opt_func=opt_func or adam(), splitter=lambda m: param_groups(m, loss),
-                      metrics=[PartMetric(parts, n) for n in columns(model)], cbs=own + list(L(cbs)),
-                      path=Path(path or Path(tempfile.gettempdir())/'disentangle_nb'))
-    learn.recorder.smooth_loss = SmoothLoss()
-    if not (watched() if bars is None else bars): learn.remove_cb(ProgressCallback).logger = noop
-    return learn
+    return system_learner(dls, model, loss, columns(model), lr, monitor=monitor, cbs=[Views(), *L(cbs)], **kw)
