@@ -85,7 +85,7 @@ def test_every_console_script_leads_somewhere():
     config = configparser.ConfigParser()
     config.read(root/'settings.ini')
     scripts = dict(s.split('=') for s in config['DEFAULT']['console_scripts'].split())
-    assert {'disentangle_train', 'disentangle_eval', 'disentangle_transfer', 'disentangle_demo'} <= set(scripts)
+    assert {'disentangle_train', 'disentangle_eval', 'disentangle_transfer', 'disentangle_syntone', 'disentangle_demo'} <= set(scripts)
     for target in scripts.values():
         module, _, name = target.partition(':')
         assert callable(getattr(importlib.import_module(module), name)), target
