@@ -193,7 +193,7 @@ def note_data(table:pd.DataFrame,         # A table with `split` (all is trainin
                     pitch=class_numbers(table.midi, vocabs['pitch'], 'pitch'), labelled=torch.tensor(known),
                     table=table, vocabs=vocabs, feature=feature, wav=wav)
 
-# %% ../../nbs/12a_data.batches.ipynb #a2e5dea8
+# %% ../../nbs/12a_data.batches.ipynb #8a6ffbe8
 class BatchLoader:
     "Whole batches of resident tensors, in an order that depends on seed and epoch only."
     n_inp = 1
@@ -205,12 +205,14 @@ class BatchLoader:
                  device=None,         # Where the tensors live; where they are when None
                  drop_last:bool=False,# Leave out a last, smaller batch
                  augment=None,        # Called as `augment(batch, generator)` on every batch
+                 share:tuple=(0, 1),  # Which part of every batch: (number of the process, processes)
                 ):
         self.tensors, self.bs, self.shuffle, self.seed, self.drop_last, self.augment = tuple(tensors), bs, shuffle, seed, drop_last, augment
         sizes, self.epoch = [len(t) for t in self.tensors], 0
         if len(set(sizes)) != 1 or not sizes[0]: raise ValueError(f"tensors of one length, at least 1, are needed; got {sizes}")
         if bs < 1: raise ValueError(f"a batch has at least one note; got bs={bs}")
-        if not len(self): raise ValueError(f"drop_last leaves nothing of {sizes[0]} notes in batches of {bs}; use a smaller bs")
+        if drop_last and sizes[0] < bs: raise ValueError(f"drop_last leaves nothing of {sizes[0]} notes in batches of {bs}; use a smaller bs")
+        self.share = share
         self.to(device or self.tensors[0].device)
 
     def to(self, device):
@@ -223,15 +225,37 @@ class BatchLoader:
     def n(self): return len(self.tensors[0])
     @property
     def dataset(self): return torch.utils.data.TensorDataset(*self.tensors)
+    @property
+    def share(self): return self._share
+    @share.setter
+    def share(self, share):
+        rank, world = share
+        if not 0 <= rank < world: raise ValueError(f"a share is (number of the process from 0, processes); got {share}")
+        if 1 < world and min(self.bs, self.n) < 2*world:
+            raise ValueError(f"{world} processes need two rows each of every batch; got batches of {min(self.bs, self.n)}. Use a larger bs or fewer processes")
+        self._share = rank, world
 
-# %% ../../nbs/12a_data.batches.ipynb #e32761b0
+# %% ../../nbs/12a_data.batches.ipynb #391b2db0
 @patch
 def _cuts(self:BatchLoader):
     "Where batches begin and end."
     cuts = list(range(0, self.n, self.bs)) + [self.n]
-    if self.drop_last and self.n % self.bs: cuts.pop()
-    elif self.n % self.bs == 1 and self.n > 1 and self.bs > 1: cuts.pop(-2)
+    rest = self.n % self.bs
+    if self.drop_last and rest: cuts.pop()
+    elif 0 < rest < min(2*self.share[1], self.n): cuts.pop(-2)  # too few for a batch, or for two rows a process
     return list(zip(cuts[:-1], cuts[1:]))
+
+@patch
+def _own(self:BatchLoader, a, z):
+    "This process's rows of a batch."
+    rank, world = self.share
+    return a + (z - a)*rank//world, a + (z - a)*(rank + 1)//world
+
+@patch
+def weights(self:BatchLoader)->list: # One number a batch, 1 where all shares are equal
+    "How much this process's mean counts in the mean over processes, so that the result is the batch's mean."
+    own = [(*self._own(a, z), z - a) for a, z in self._cuts()]
+    return [(z - a)*self.share[1]/n for a, z, n in own]
 
 @patch
 def __len__(self:BatchLoader): return len(self._cuts())
@@ -248,13 +272,15 @@ def order(self:BatchLoader,
 @patch
 def __iter__(self:BatchLoader):
     epoch, order = self.epoch, self.order()
-    for step, (a, z) in enumerate(self._cuts()):
+    tags = self.share if self.share[1] > 1 else ()  # every process has a stream of chance of its own
+    for step, cut in enumerate(self._cuts()):
+        a, z = self._own(*cut)
         batch = tuple(t.index_select(0, order[a:z]) for t in self.tensors)
-        if self.augment: batch = self.augment(batch, make_generator(self.seed, 'augment', epoch, step))
+        if self.augment: batch = self.augment(batch, make_generator(self.seed, 'augment', epoch, step, *tags))
         yield batch
     self.epoch = epoch + 1
 
-# %% ../../nbs/12a_data.batches.ipynb #b979af82
+# %% ../../nbs/12a_data.batches.ipynb #338bc415
 @patch
 def one_batch(self:BatchLoader)->tuple:  # The first batch of the coming epoch
     "A batch to look at; the epoch does not advance."
@@ -262,10 +288,10 @@ def one_batch(self:BatchLoader)->tuple:  # The first batch of the coming epoch
 
 @patch
 def new(self:BatchLoader,
-        **changes,  # Arguments to change: `bs`, `shuffle`, `drop_last`, `augment`, `tensors`…
+        **changes,  # Arguments to change: `bs`, `shuffle`, `drop_last`, `augment`, `tensors`, `share`…
        )->BatchLoader:  # Another loader of the same tensors
     "A loader that differs in some arguments."
-    args = {k: getattr(self, k) for k in 'tensors bs shuffle seed device drop_last augment'.split()}
+    args = {k: getattr(self, k) for k in 'tensors bs shuffle seed device drop_last augment share'.split()}
     return type(self)(**{**args, **{k: v for k, v in changes.items() if k in args}})
 
 @patch

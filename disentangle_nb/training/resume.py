@@ -181,7 +181,7 @@ def restore_record(learn, tensors, numbers):
     if parts is not None: parts.history = numbers['parts']
     for dl, state in zip(learn.dls.loaders, numbers['loaders']): set_loader(dl, state)
 
-# %% ../../nbs/52_training.resume.ipynb #87c828e2
+# %% ../../nbs/52_training.resume.ipynb #80e0c373
 class Checkpoint(Callback):
     "Writes everything a run depends on at the ends of epochs, and goes on from there."
     order, run_valid = 65, True
@@ -195,7 +195,7 @@ class Checkpoint(Callback):
                 ):
         if keep < 2: raise ValueError(f"keep at least 2 checkpoints, so that one survives a damaged file; got {keep}")
         self.folder, self.every, self.seconds, self.keep, self.resume, self.description = Path(folder), every, seconds, keep, resume, run
-        self.last = None
+        self.last, self.writes = None, True  # of several processes that train together, one writes
 
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
@@ -220,7 +220,7 @@ class Checkpoint(Callback):
     def after_epoch(self):
         done = self.epoch + 1
         due = time.monotonic() - self.wrote >= self.seconds if self.seconds is not None else done % self.every == 0
-        if due or done == self.n_epoch: self.write()
+        if self.writes and (due or done == self.n_epoch): self.write()
 
     def write(self):
         "Write a checkpoint now."

@@ -58,7 +58,7 @@ def world_dls(world:FactorWorld,     # Where clips come from
     dl = world_loader(world, feature, train, bs, live, seed, device, shuffle=True, drop_last=len(train) > bs)
     return DataLoaders(dl, world_loader(world, feature, valid, bs, False, seed + 1, device), device=dl.device)
 
-# %% ../../nbs/52a_training.vae.ipynb #6265521a
+# %% ../../nbs/52a_training.vae.ipynb #5214211d
 class Critic(Callback):
     "Trains the objective's discriminator beside the model, with an optimiser of its own."
     order, run_valid = 42, False
@@ -68,8 +68,7 @@ class Critic(Callback):
                 ): self.lr, self.betas = lr, betas
 
     def before_fit(self):
-        self.weights = list(self.loss_func.adversary.parameters())
-        self.own = torch.optim.Adam(self.weights, self.lr, self.betas, fused=True)
+        self.own = torch.optim.Adam(self.loss_func.adversary.parameters(), self.lr, self.betas, fused=True)
 
     def before_backward(self):
         loss = self.loss_func.critic(self.pred)
@@ -77,13 +76,8 @@ class Critic(Callback):
         self.learn.loss_grad = self.loss_grad + loss
 
     def after_step(self):
-        if torch.distributed.is_available() and torch.distributed.is_initialized(): self.share()
         self.own.step()
         self.own.zero_grad()
-
-    def share(self):
-        "Average the gradients over all processes."
-        for p in self.weights: torch.distributed.all_reduce(p.grad.div_(torch.distributed.get_world_size()))
 
     def state_tensors(self): # For a checkpoint: name -> tensor
         return {f'{i}.{k}': v for i, s in self.own.state_dict()['state'].items() for k, v in s.items()}
