@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['FORMAT', 'OWN', 'SMALL', 'SMALL_WEIGHTS', 'STUDIES', 'PLANNED', 'DIALS', 'UserError', 'told', 'command', 'Parser',
            'find_run', 'claim', 'settle', 'check_card', 'make_card', 'probe_rows', 'swap_test_rows', 'swap_rows',
-           'board', 'median_count', 'too_few', 'measure', 'progress_lines', 'check_study', 'train_parser', 'read_notes',
-           'load_notes', 'only_known', 'train', 'open_run', 'eval_parser', 'evaluate', 'transfer_parser', 'transfer',
-           'numbers', 'spelled', 'syntone_parser', 'tone_levels', 'in_bytes', 'find_file', 'tidy_end', 'reading',
-           'syntone', 'demo_edits', 'demo_figures', 'demo_files', 'peak_memory', 'find_demo', 'demo']
+           'board', 'median_count', 'too_few', 'measure', 'progress_lines', 'NoteDesk', 'ToneDesk', 'check_study',
+           'train_parser', 'read_notes', 'load_notes', 'only_known', 'train', 'open_run', 'eval_parser', 'evaluate',
+           'transfer_parser', 'transfer', 'numbers', 'spelled', 'syntone_parser', 'tone_levels', 'in_bytes',
+           'find_file', 'tidy_end', 'reading', 'syntone', 'demo_edits', 'demo_figures', 'demo_files', 'peak_memory',
+           'find_demo', 'demo']
 
 # %% ../nbs/90_cli.ipynb #ef2db669
 import argparse, contextlib, csv, difflib, inspect, io, math, os, re, shutil, sys, tempfile, time, warnings
@@ -192,7 +193,7 @@ def board(result:dict)->str: # What `evaluate_study` found
     if 'skipped' in result: lines.append(f"  not judged: {result['skipped']}")
     return '\n'.join(lines)
 
-# %% ../nbs/90_cli.ipynb #f645525f
+# %% ../nbs/90_cli.ipynb #23f1f92d
 def median_count(y)->float: # Median number of items a class
     "How many items the median class has."
     import torch
@@ -212,11 +213,15 @@ def too_few(data, # `NoteData`
 def measure(system, data, quick:bool=False)->dict: # All numbers of the study
     "The study's protocol, or as much of it as the data allow, beside the trivial baseline."
     from disentangle_nb.studies.gmvae import baseline_study, evaluate_study, probe_study, recon_study
+    from disentangle_nb.audio import AudioError
+    from disentangle_nb.data.notes import TableError
+    from disentangle_nb.data.soundfont import SoundFontError
     why = 'the quick profile trains no judges; disentangle_eval does' if quick else too_few(data)
-    if why is None: return evaluate_study(system, data)
-    return dict(probes={**probe_study(system.model, data), **baseline_study(data)}, recon=recon_study(system.model, data), skipped=why)
+    with told(TableError, AudioError, SoundFontError, OSError):
+        if why is None: return evaluate_study(system, data)
+        return dict(probes={**probe_study(system.model, data), **baseline_study(data)}, recon=recon_study(system.model, data), skipped=why)
 
-# %% ../nbs/90_cli.ipynb #669e8841
+# %% ../nbs/90_cli.ipynb #87bb8745
 def progress_lines(folder,           # Where `log.csv` goes
                    every:float=10.,  # Seconds between lines
                   ):                 # A fastai callback
@@ -234,7 +239,7 @@ def progress_lines(folder,           # Where `log.csv` goes
             self.write()
             left = (now - self.began) / (done - self.first) * (self.n_epoch - done)
             last = self.parts.history['valid'][-1]
-            if not watched(): print(f'epoch {done}/{self.n_epoch}: ' + ', '.join(f'{k} {last[k]:.3g}' for k in ('recon', 'timbre_acc', 'pitch_acc') if k in last)
+            if not watched(): print(f'epoch {done}/{self.n_epoch}: ' + ', '.join(f'{k} {last[k]:.3g}' for k in ('recon', 'kl', 'tc', 'timbre_acc', 'pitch_acc') if k in last)
                                     + f'; {left:.0f} s left', file=sys.stderr, flush=True)
         def write(self):
             rows = [{'epoch': i, **{f'{p}_{k}': v for p in ('train', 'valid') for k, v in self.parts.history[p][i].items()}}
@@ -245,14 +250,93 @@ def progress_lines(folder,           # Where `log.csv` goes
                 writer.writeheader(), writer.writerows(rows)
     return Lines()
 
-# %% ../nbs/90_cli.ipynb #c805e548
-STUDIES = dict(gmvae='pitch and timbre in two Gaussian mixtures')
-PLANNED = 'syntone move voice intervals'.split()
+# %% ../nbs/90_cli.ipynb #bb4db45e
+class NoteDesk:
+    "Commands of the study of pitch and timbre."
+    about = 'pitch and timbre in two Gaussian mixtures'
+    measure, board, data = staticmethod(measure), staticmethod(board), staticmethod(lambda card: load_notes(card))
+
+    def module(self):
+        from disentangle_nb.studies import gmvae
+        return gmvae
+
+    def card(self, args, look=False): return make_card(args, read_notes(args.data) if look else None)
+    def source(self, card): return card.data
+
+    def about_data(self, data):
+        n = [int((data.split == p).sum()) for p in ('train', 'valid')]
+        return f"{n[0]} notes, {n[1]} held out, {len(data.vocabs['timbre'])} instruments, {len(data.vocabs['pitch'])} pitches"
+
+    def again(self, system, args): # Card and data to examine a system on
+        with told(CardError): card = self.module().GMVAECard.from_dict(system.card['settings'])
+        if args.data is not None:
+            read_notes(args.data)
+            data = args.data if args.data == 'orchestra' else str(Path(args.data).expanduser().absolute())
+            if data != card.data: card = card.replace(data=data, shifts=(), **OWN | (dict(split='cells', held=.1) if data == 'orchestra' else {}))
+        return card, load_notes(card, system, args.known_only)
+
+# %% ../nbs/90_cli.ipynb #508abc52
+class ToneDesk:
+    "Commands of the study of sounds with known causes."
+    about = 'tones with known causes, and objectives that look for them'
+
+    def module(self):
+        from disentangle_nb.studies import syntone
+        return syntone
+
+    def world(self, path):
+        if path not in (None, 'orchestra'): raise UserError(f'--data {path}: this study makes its own sounds; leave it out for tones, or say orchestra')
+        return {} if path is None else dict(world='orchestra')
+
+    def card(self, args, look=False):
+        study = self.module()
+        with told(CardError, ValueError):
+            card = study.syntone_card(args.recipe, args.profile, seed=args.seed, **self.world(args.data)).override(args.set)
+            study.check_card(card)
+        return card
+
+    def data(self, card):
+        from disentangle_nb.data.soundfont import SoundFontError
+        from disentangle_nb.data.syntone import WorldError
+        with told(WorldError, SoundFontError, ValueError): return self.module().study_data(card)
+
+    def source(self, card): return card.world
+    def about_data(self, data):
+        many = ', '.join(f'{len(f)} levels of {f.name}' for f in data.world.factors)
+        return f'{int((~data.held).sum())} clips, {int(data.held.sum())} held out; {many}'
+
+    def again(self, system, args):
+        with told(CardError): card = self.module().SynToneCard.from_dict(system.card['settings']).replace(**self.world(args.data))
+        data = self.data(card)
+        data.feature = system.feature
+        return card, data
+
+    def measure(self, system, data, quick=False):
+        from disentangle_nb.evaluation.scores import QUICK
+        study = self.module()
+        out = study.evaluate_study(system, data, QUICK if quick else study.SCORES)
+        return out | (dict(published=study.published_study(system.model, data)) if system.card['settings']['faithful'] else {})
+
+    def board(self, result):
+        lines = ['What a linear reading of all latents tells of held-out cells (share of variance, or of clips)']
+        lines += [f'  {k:<40}{v:6.2f}' for k, v in result['probes'].items()]
+        r = result['recon']
+        lines += [f"  {'error, share of a constant answer':<40}{r['held']/r['constant']:6.2f}", f"  {'nats in all latents':<40}{sum(r['kl']):6.1f}", 'Scores of the means']
+        lines += [f'  {k:<40}{v:6.2f}' for k, v in result['scores']['mean'].items()]
+        if 'published' in result:
+            lines.append('As published (latents and causes exchanged), and as meant')
+            lines += [f'  {k:<40}{v[0]:6.3f}{w[0]:9.3f}' for (k, v), w in zip(result['published']['syntone'].items(), result['published']['syntone_correct'].values())]
+        return '\n'.join(lines)
+
+STUDIES = dict(gmvae=NoteDesk(), syntone=ToneDesk())
+
+# %% ../nbs/90_cli.ipynb #aa6d2fd6
+PLANNED = 'move voice intervals'.split()
 
 def check_study(name:str):
     "Refuse a study that is not there."
     if name in STUDIES: return
-    have = ', '.join(f'{k} ({v})' for k, v in STUDIES.items())
+    have = ', '.join(f'{k} ({v.about})' for k, v in STUDIES.items())
     if name in PLANNED: raise UserError(f'the study {name!r} is planned and not there yet; there is {have}')
     near = difflib.get_close_matches(name, [*STUDIES, *PLANNED], 1)
     raise UserError(f"no study {name!r}{f', did you mean {near[0]!r}?' if near else ';'} There is {have}".replace('; There', '; there'))
@@ -263,10 +347,10 @@ def train_parser()->Parser:
     add = p.add_argument
     add('study', metavar='STUDY', help=f"one of: {', '.join(STUDIES)}")
     add('--data', metavar='PATH', help='folder of audio with a metadata.csv (columns file, instrument, midi_pitch), such a CSV, or an unpacked TinySOL, '
-        'NSynth or GMVAE release; the rendered orchestra if not given')
+        'NSynth or GMVAE release; the rendered orchestra if not given. syntone makes its own tones, or takes the word orchestra')
     add('--out', metavar='DIR', help='run folder; out/STUDY-PROFILE-SEED if not given')
-    add('--profile', choices=['quick', 'demo', 'cpu', 'paper'], default='cpu',
-        help='size: quick (seconds), demo (minutes), cpu (at most an hour on two cores), paper (a GPU)')
+    add('--profile', choices=['quick', 'demo', 'cpu', 'full', 'paper'], default='cpu',
+        help='size: quick (seconds), demo (gmvae: minutes), cpu (at most an hour on two cores), full (syntone: 32,000 tones), paper (a GPU)')
     add('--recipe', choices=['ours', 'few_labels', 'faithful'], default='ours', help="this project's objective, its variant for few labels, or the published one")
     add('--seed', type=int, default=0, metavar='N', help='of weights, order and noise, from 0')
     add('--device', default='auto', help='auto, cpu, cuda, cuda:1 or mps')
@@ -319,7 +403,7 @@ def only_known(table,           # Notes
                         "--known-only leaves such notes out")
     return table
 
-# %% ../nbs/90_cli.ipynb #48d59c4c
+# %% ../nbs/90_cli.ipynb #ad5db5c1
 def _begin(out, args, card):
     "Make the run folder and say what is about to happen."
     with told(OSError):
@@ -328,37 +412,36 @@ def _begin(out, args, card):
 
 def _fit(card, args, device, data, out):
     "Train with checkpoints; returns the system."
-    from disentangle_nb.studies.gmvae import train_study
     from disentangle_nb.training.learner import TrainingDiverged
     from disentangle_nb.training.resume import Checkpoint
     keep = dict(seconds=args.every) if args.every else dict(every=1)
     with told(TrainingDiverged, OSError):
-        return train_study(card, device, data, [Checkpoint(out/'checkpoints', resume=args.resume, run=card.to_dict(), **keep), progress_lines(out)])[0]
+        return STUDIES[args.study].module().train_study(card, device, data, [Checkpoint(out/'checkpoints', resume=args.resume, run=card.to_dict(), **keep), progress_lines(out)])[0]
 
 def _finish(system, data, args, card, out):
     "Save, measure, clean up, report."
     settle(system, out)
     print('measuring what it learnt', file=sys.stderr)
-    numbers = measure(system, data, args.profile == 'quick')
+    desk = STUDIES[args.study]
+    numbers = desk.measure(system, data, args.profile == 'quick')
     with told(OSError): write_json(out/'result.json', dict(card=card.to_dict(), run=system.card, **numbers))
     shutil.rmtree(out/'checkpoints', ignore_errors=True)
-    print(board(numbers), f'wrote {out}: the system, result.json, log.csv', sep='\n')
+    print(desk.board(numbers), f'wrote {out}: the system, result.json, log.csv', sep='\n')
 
 def _train(argv):
     args = train_parser().parse_args(argv)
     check_study(args.study)
     if not 0 <= args.seed < 2**32: raise UserError(f'--seed {args.seed}: expected a number from 0 to 4294967295')
     if not args.every >= 0: raise UserError(f'--every {args.every}: expected seconds, 0 or more')
-    make_card(args)
+    desk = STUDIES[args.study]
+    desk.card(args)
     with told(ValueError): device = pick_device(args.device)
     out = Path(args.out or f'out/{args.study}-{args.profile}-{args.seed}')
     find_run(out)
-    card = make_card(args, read_notes(args.data))
+    card = desk.card(args, look=True)
     if claim(out, card.to_dict(), args.resume) == 'finished': return print(f'{out} is finished; nothing is left to do')
-    data = load_notes(card)
-    n = [int((data.split == p).sum()) for p in ('train', 'valid')]
-    print(f"training {args.study} ({args.recipe}, {args.profile}, seed {args.seed}) on {device}: {n[0]} notes, {n[1]} held out, "
-          f"{len(data.vocabs['timbre'])} instruments, {len(data.vocabs['pitch'])} pitches, {card.epochs} epochs", file=sys.stderr, flush=True)
+    data = desk.data(card)
+    print(f"training {args.study} ({args.recipe}, {args.profile}, seed {args.seed}) on {device}: {desk.about_data(data)}, {card.epochs} epochs", file=sys.stderr, flush=True)
     _begin(out, args, card)
     _finish(_fit(card, args, device, data, out), data, args, card, out)
 
@@ -366,7 +449,7 @@ def train(argv=None)->int: # Exit status
     "`disentangle_train`: train a study's system."
     return command('disentangle_train', _train, argv)
 
-# %% ../nbs/90_cli.ipynb #2b36177b
+# %% ../nbs/90_cli.ipynb #defb89a1
 def open_run(name, device='cpu'): # A `Disentangler`
     "The system of a run folder, or one that ships."
     from disentangle_nb.models.system import CheckpointError, Disentangler
@@ -386,25 +469,18 @@ def eval_parser()->Parser:
     return p
 
 def _evaluate(argv):
-    from disentangle_nb.audio import AudioError
-    from disentangle_nb.data.notes import TableError
-    from disentangle_nb.data.soundfont import SoundFontError
-    from disentangle_nb.studies.gmvae import GMVAECard
     args = eval_parser().parse_args(argv)
     system = open_run(args.run, args.device).to('cpu')
     if 'settings' not in system.card: raise UserError(f'{args.run} does not say which study it belongs to; train it with disentangle_train')
-    check_study(system.card.get('study', 'of no name'))
-    with told(CardError): card = GMVAECard.from_dict(system.card['settings'])
-    if args.data is not None:
-        read_notes(args.data)
-        data = args.data if args.data == 'orchestra' else str(Path(args.data).expanduser().absolute())
-        if data != card.data: card = card.replace(data=data, shifts=(), **OWN | (dict(split='cells', held=.1) if data == 'orchestra' else {}))
-    data = load_notes(card, system, args.known_only)
-    print(f"measuring {args.run} on {int((data.split == 'valid').sum())} held-out notes", file=sys.stderr, flush=True)
-    with told(TableError, AudioError, SoundFontError, OSError): numbers = measure(system, data)
+    study = system.card.get('study', 'of no name')
+    check_study(study)
+    desk = STUDIES[study]
+    card, data = desk.again(system, args)
+    print(f"measuring {args.run} on {desk.about_data(data)}", file=sys.stderr, flush=True)
+    numbers = desk.measure(system, data)
     if args.json:
-        with told(OSError): write_json(args.json, dict(run=str(args.run), data=card.data, card=system.card, provenance=provenance(), **numbers))
-    print(board(numbers), *([f'wrote {args.json}'] if args.json else []), sep='\n')
+        with told(OSError): write_json(args.json, dict(run=str(args.run), data=desk.source(card), card=system.card, provenance=provenance(), **numbers))
+    print(desk.board(numbers), *([f'wrote {args.json}'] if args.json else []), sep='\n')
 
 def evaluate(argv=None)->int: # Exit status
     "`disentangle_eval`: examine a saved system."

@@ -21,7 +21,7 @@ from disentangle_nb.training.resume import Checkpoint, latest
 from disentangle_nb.training.spread import leave, own_device, spread
 from disentangle_nb.training.vae import vae_learner, world_dls
 
-pytest.importorskip('accelerate', reason="accelerate is not installed: pip install 'disentangle_nb[distributed]'")
+pytest.importorskip('accelerate', reason="accelerate is not installed: pip install 'disentangle_nb[gpus]'")
 
 LOSS, WEIGHT, NOISY = 1e-5, 1e-4, .06  # the notebook's tolerances: relative, absolute, relative; the first two are float32's order of sums
 WORLD = Tones(freqs=[110, 165, 220, 330, 440, 660], amps=[.1, .3, 1], timbres=('sine', 'sawtooth'), sr=8000, dur=.25)

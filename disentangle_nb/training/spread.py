@@ -29,7 +29,7 @@ def own_device(
     try: from accelerate import PartialState
     except ImportError as e:
         raise ImportError("training in several processes needs accelerate; "
-                          "run `pip install 'disentangle_nb[distributed]'`") from e
+                          "run `pip install 'disentangle_nb[gpus]'`") from e
     forced = os.environ.get('ACCELERATE_USE_CPU', '').lower() in ('1', 'true', 'yes')
     state = PartialState(cpu=forced or pick_device(name).type != 'cuda')
     if state.num_processes != num_distrib():
