@@ -22,7 +22,7 @@ from ..losses.tc import AdaLoss, AnnealedLoss, BetaTCLoss, DIPLoss, FactorLoss, 
 from ..models.system import Disentangler
 from ..models.vae import Discriminator, SmallVAE, ToneVAE
 
-# %% ../../nbs/81_studies.syntone.ipynb #8299fccc
+# %% ../../nbs/81_studies.syntone.ipynb #d0ea5d26
 METHODS = ('vae', 'annealed', 'factor', 'tc', 'dip1', 'dip2', 'hf', 'ada')
 
 @dataclass(frozen=True)
@@ -45,21 +45,20 @@ class SynToneCard(RunCard):
     critic:tuple[int, int] = (200, 3)  # Width and depth of FactorVAE's discriminator
     critic_lr:float = 5e-4         # Its step size
     live:bool = False              # Render every batch anew
-    epochs:int = 50                # Passes over the training clips
+    epochs:int = 8                 # Passes over the training clips
     bs:int = 64                    # Clips a step
     lr:float = 2e-3                # Step size, the peak of a one-cycle schedule
     one_cycle:bool = True          # One-cycle schedule; constant otherwise
     bf16:bool = False              # bfloat16 products where the device has them
     seed:int = 0                   # Weights, order, noise
 
-# %% ../../nbs/81_studies.syntone.ipynb #563112c7
-profiles = dict(quick=dict(n_freqs=24, n_amps=4, n_mels=32, epochs=6), cpu=dict(n_freqs=100, n_amps=10), full=dict(epochs=8),
-                paper=dict(n_mels=128, hop=512, epochs=60, bf16=True))
+# %% ../../nbs/81_studies.syntone.ipynb #80e04ca5
+profiles = dict(quick=dict(n_freqs=24, n_amps=4, n_mels=32, epochs=6), sweep=dict(epochs=4), cpu=dict(), paper=dict(n_mels=128, hop=512, epochs=60, bf16=True))
 recipes = dict(ours={}, faithful=dict(faithful=True, held=.2, n_mels=128, hop=512, net='published', noise=None, critic=(1000, 5), critic_lr=5e-5,
                                       epochs=20, lr=1e-3, one_cycle=False))
 
 def syntone_card(recipe:str='ours',   # 'ours', or 'faithful': everything as published
-                 profile:str='cpu',   # 'quick' (seconds), 'cpu' (4,000 tones), 'full' (32,000 tones), 'paper' (the source's bands and frames, a GPU)
+                 profile:str='cpu',   # 'quick' (seconds), 'sweep' (a minute), 'cpu' (minutes), 'paper' (the source's bands and frames, a GPU)
                  **changes            # Settings that differ
                 )->SynToneCard:
     "The card of a recipe at a size; what is published has one size, but for a quick look."
@@ -300,10 +299,10 @@ def rank_agreement(frame, names:list): # DataFrame (names, names)
     "Spearman correlation of scores over runs."
     return frame[names].corr('spearman')
 
-# %% ../../nbs/81_studies.syntone.ipynb #42ea3b50
+# %% ../../nbs/81_studies.syntone.ipynb #13c8f155
 STRENGTHS = dict(vae=(1., 4., 16.), annealed=(5., 10., 20.), factor=(5., 20., 80.), tc=(4., 16., 64.), dip1=(2., 10., 50.), dip2=(2., 10., 50.))
 
-def study_grid(profile:str='cpu', # Size of every run
+def study_grid(profile:str='sweep', # Size of every run
                seeds=range(5),    # Seeds
                **changes          # Settings that differ
               )->list:            # Cards
