@@ -118,7 +118,7 @@ def check_card(card)->None: # A `GMVAECard`
     for k in (k for k in card.weights or {} if k not in known):
         raise UserError(f"--set weights.{k}: the objective has no such weight; it has {', '.join(sorted(known))}")
 
-# %% ../nbs/90_cli.ipynb #102596a5
+# %% ../nbs/90_cli.ipynb #b0c0b72d
 OWN = dict(split='auto', held=.25)
 SMALL = dict(channels=96, hidden=192, bs=32, lr=2e-3, epochs=30, shifts=(-5, -4, -3, -2, -1, 1, 2, 3, 4, 5), gain_db=6., tilt_db=1.5, eq_db=4., bf16=False)
 SMALL_WEIGHTS = dict(timbre_ce=5., recon=.3)
@@ -133,7 +133,7 @@ def make_card(args,       # `recipe`, `profile`, `seed`, `data`, `set`
     if table is not None and len(table) < 600 and args.profile == 'cpu' and args.recipe != 'faithful':
         changes |= SMALL | dict(floor_db=-90., weights={**SMALL_WEIGHTS, **recipes[args.recipe]['weights']})
         print(f"{len(table)} notes: the settings for small collections ({', '.join(f'{k}={v}' for k, v in SMALL.items() if k in ('channels', 'hidden', 'epochs'))}, …) take the place of the profile's", file=sys.stderr)
-    with told(CardError, ValueError): card = gmvae_card(args.recipe, args.profile, **changes).override([re.sub(r'(?<![\w.])\.(?=\d)', '0.', s) for s in args.set])
+    with told(CardError, ValueError): card = gmvae_card(args.recipe, args.profile, **changes).override(args.set)
     check_card(card)
     return card
 
@@ -275,7 +275,7 @@ class NoteDesk:
             if data != card.data: card = card.replace(data=data, shifts=(), **OWN | (dict(split='cells', held=.1) if data == 'orchestra' else {}))
         return card, load_notes(card, system, args.known_only)
 
-# %% ../nbs/90_cli.ipynb #508abc52
+# %% ../nbs/90_cli.ipynb #3924289b
 class ToneDesk:
     "Commands of the study of sounds with known causes."
     about = 'tones with known causes, and objectives that look for them'
@@ -301,6 +301,7 @@ class ToneDesk:
         with told(WorldError, SoundFontError, ValueError): return self.module().study_data(card)
 
     def source(self, card): return card.world
+    def figures(self, system, data, folder): self.module().study_figures(system, data, folder)
     def about_data(self, data):
         many = ', '.join(f'{len(f)} levels of {f.name}' for f in data.world.factors)
         return f'{int((~data.held).sum())} clips, {int(data.held.sum())} held out; {many}'
@@ -314,7 +315,7 @@ class ToneDesk:
     def measure(self, system, data, quick=False):
         from disentangle_nb.evaluation.scores import QUICK
         study = self.module()
-        out = study.evaluate_study(system, data, QUICK if quick else study.SCORES)
+        out = study.evaluate_study(system, data, QUICK if quick else study.SCORES) | ({} if quick else study.latent_study(system.model, data))
         return out | (dict(published=study.published_study(system.model, data)) if system.card['settings']['faithful'] else {})
 
     def board(self, result):
@@ -323,6 +324,9 @@ class ToneDesk:
         r = result['recon']
         lines += [f"  {'error, share of a constant answer':<40}{r['held']/r['constant']:6.2f}", f"  {'nats in all latents':<40}{sum(r['kl']):6.1f}", 'Scores of the means']
         lines += [f'  {k:<40}{v:6.2f}' for k, v in result['scores']['mean'].items()]
+        for r in result.get('swap', []):
+            if r['condition'].startswith('swap') and r['condition'] != 'swap all' and r['measure'] in r['condition']:
+                lines.append(f"  {'exchanged, and it came along: ' + r['measure']:<40}{r['value']:6.2f}")
         if 'published' in result:
             lines.append('As published (latents and causes exchanged), and as meant')
             lines += [f'  {k:<40}{v[0]:6.3f}{w[0]:9.3f}' for (k, v), w in zip(result['published']['syntone'].items(), result['published']['syntone_correct'].values())]
@@ -449,7 +453,7 @@ def train(argv=None)->int: # Exit status
     "`disentangle_train`: train a study's system."
     return command('disentangle_train', _train, argv)
 
-# %% ../nbs/90_cli.ipynb #defb89a1
+# %% ../nbs/90_cli.ipynb #dc76862e
 def open_run(name, device='cpu'): # A `Disentangler`
     "The system of a run folder, or one that ships."
     from disentangle_nb.models.system import CheckpointError, Disentangler
@@ -465,6 +469,7 @@ def eval_parser()->Parser:
     p.add_argument('--data', metavar='PATH', help='other notes than those it was trained on; see disentangle_train --help')
     p.add_argument('--known-only', action='store_true', help='leave out notes of instruments or pitches the system does not know')
     p.add_argument('--json', metavar='FILE', help='write all numbers here')
+    p.add_argument('--figures', metavar='DIR', help='write the pictures of the study here, PNG and GIF (syntone)')
     p.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:1 or mps')
     return p
 
@@ -475,12 +480,17 @@ def _evaluate(argv):
     study = system.card.get('study', 'of no name')
     check_study(study)
     desk = STUDIES[study]
+    if args.figures and not hasattr(desk, 'figures'): raise UserError(f'--figures: the study {study} has its pictures in its notebook')
     card, data = desk.again(system, args)
     print(f"measuring {args.run} on {desk.about_data(data)}", file=sys.stderr, flush=True)
     numbers = desk.measure(system, data)
     if args.json:
         with told(OSError): write_json(args.json, dict(run=str(args.run), data=desk.source(card), card=system.card, provenance=provenance(), **numbers))
-    print(desk.board(numbers), *([f'wrote {args.json}'] if args.json else []), sep='\n')
+    wrote = [args.json] if args.json else []
+    if args.figures:
+        with told(OSError): desk.figures(system, data, args.figures)
+        wrote.append(args.figures)
+    print(desk.board(numbers), *[f'wrote {w}' for w in wrote], sep='\n')
 
 def evaluate(argv=None)->int: # Exit status
     "`disentangle_eval`: examine a saved system."

@@ -6,9 +6,9 @@
 __all__ = ['seed_everything', 'make_generator', 'pick_device', 'atomic_path', 'write_json', 'read_json', 'repo_root',
            'git_revision', 'provenance', 'CardError', 'RunCard', 'content_key', 'cache_dir', 'shared_audio', 'progress']
 
-# %% ../nbs/00_core.ipynb #4cc105fe
+# %% ../nbs/00_core.ipynb #0d0ce025
 import contextlib, dataclasses, datetime, difflib, errno, hashlib, importlib.metadata, importlib.util, json, math, os
-import platform, random, secrets, shutil, subprocess, sys, types, typing
+import platform, random, re, secrets, shutil, subprocess, sys, types, typing
 from dataclasses import dataclass
 from pathlib import Path
 from fastcore.basics import patch
@@ -217,15 +217,16 @@ def _fit_items(v, kind, args, name):
         return tuple(_fit(x, a, f'{name}[{i}]') for i, (x, a) in enumerate(zip(v, args)))
     return kind(_fit(x, args[0] if args else typing.Any, f'{name}[{i}]') for i, x in enumerate(v))
 
-# %% ../nbs/00_core.ipynb #f99a6bc2
+# %% ../nbs/00_core.ipynb #9989e4e6
 def _read_text(text:str, t, name:str):
     "Command-line `text` as type `t`."
     options = typing.get_args(t) if typing.get_origin(t) in (typing.Union, types.UnionType) else (t,)
     if text.lower() in ('none', 'null') and type(None) in options: return None
     words = {'true': True, 'yes': True, 'on': True, 'false': False, 'no': False, 'off': False}
     tries = [words.get(text.lower(), text)]
-    with contextlib.suppress(ValueError): tries.insert(0, json.loads(text))
-    with contextlib.suppress(ValueError): tries.append([json.loads(w) for w in text.split(',')])
+    full = re.sub(r'(?<![\w.])\.(?=\d)', '0.', re.sub(r'(?<=\d)\.(?!\d)', '.0', text))  # .5 and 4. are numbers too
+    with contextlib.suppress(ValueError): tries.insert(0, json.loads(full))
+    with contextlib.suppress(ValueError): tries.append([json.loads(w) for w in full.split(',')])
     tries += [text, text.split(','), float(text) if text.lower().strip('+-') in ('inf', 'nan') else text]
     for o in options:
         for v in ([text] if o in (str, Path) else tries):

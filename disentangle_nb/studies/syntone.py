@@ -6,8 +6,8 @@
 __all__ = ['METHODS', 'profiles', 'recipes', 'OBJECTIVES', 'SCORES', 'STRENGTHS', 'SynToneCard', 'syntone_card', 'check_card',
            'study_world', 'study_feature', 'WorldData', 'study_data', 'study_model', 'study_learner', 'train_study',
            'study_codes', 'study_factors', 'probe_study', 'recon_study', 'score_study', 'evaluate_study', 'run_study',
-           'published_study', 'study_frame', 'variance_shares', 'paired_gain', 'rank_agreement', 'study_grid',
-           'study_results']
+           'published_study', 'latent_study', 'study_figures', 'study_labels', 'study_frame', 'variance_shares',
+           'paired_gain', 'rank_agreement', 'study_grid', 'study_results']
 
 # %% ../../nbs/81_studies.syntone.ipynb #ef85ac0d
 import math, time
@@ -263,6 +263,70 @@ def published_study(model, data:WorldData, repeats:int=10)->dict: # call -> scor
                   for m in names] for i in range(repeats)]
         out[call] = {m: [round(float(np.mean(c)), 5), round(float(np.std(c, ddof=1)), 6)] for m, c in zip(names, zip(*draws))}
     return out
+
+# %% ../../nbs/81_studies.syntone.ipynb #14339d3e
+def latent_study(model,            # A VAE
+                 data:WorldData,   # Clips
+                 starts:int=8,     # Sounds to begin from
+                 pairs:int=100,    # Exchanges a factor
+                 n_iter:int=16,    # Iterations of the phase search
+                 seed:int=2,       # Of sounds and pairs
+                )->dict:           # 'latents', 'owner', 'swap', 'reader': lists of rows
+    "What each latent does to pitch, brightness and level; what exchanging latents does."
+    from disentangle_nb.evaluation.probes import kl_per_dim
+    from disentangle_nb.synthesis.traverse import Reader, latent_owner, latent_table, move_latents, reader_accuracy, swap_latents, swap_table
+    codes = study_codes(model, data, 4000)
+    factors, kl = study_factors(data.world, codes['rows']), kl_per_dim(codes['mu'], codes['logvar'])
+    first = codes['mu'][torch.randperm(len(factors), generator=make_generator(seed, 'starts'))[:starts]]
+    table = latent_table(move_latents(model, data.feature, first, torch.linspace(-2, 2, 7), around=codes['mu'], n_iter=n_iter), kl)
+    reader = Reader(data.world, data.feature)
+    owner = latent_owner(codes['mu'].numpy(), factors, kl=kl)
+    swap = swap_table(swap_latents(model, reader, owner, pairs, seed, n_iter=n_iter))
+    rows = lambda t: t.reset_index().round(4).astype(object).where(lambda d: d.notna(), None).to_dict('records')
+    return dict(latents=rows(table), owner=rows(owner), swap=rows(swap), reader=rows(reader_accuracy(reader)))
+
+# %% ../../nbs/81_studies.syntone.ipynb #29efc4d5
+@torch.no_grad()
+def study_figures(system,          # Trained
+                  data:WorldData,  # Its clips
+                  folder,          # Where to write
+                  n:int=10,        # Pairs in the animation
+                  samples:int=100, # Draws in the other
+                  seed:int=0,      # Which sounds
+                  n_iter:int=32,   # Iterations of the phase search
+                 )->list:          # Names of the files
+    "Write the figures of a run: PNG and GIF."
+    import matplotlib.pyplot as plt
+    from disentangle_nb.synthesis.traverse import animate_pairs, animate_samples, animate_traversal, between, inputs_of, show_sounds, show_traversal, traversal
+    folder, model, feature = Path(folder), system.model.eval(), data.feature
+    folder.mkdir(parents=True, exist_ok=True)
+    g = make_generator(seed, 'figures')
+    rows = data.rows[torch.randperm(len(data.rows), generator=g)[:n]]
+    wav, labels = data.world.render(rows, g), study_labels(data.world, rows)
+    x, values = feature.encode(wav), torch.linspace(-3, 3, 10)
+    mu = model.posterior(x)[0]
+    drawn = torch.randn(samples, mu.shape[1], generator=g)
+    x_hat, made = inputs_of(model, mu), inputs_of(model, drawn)
+    sound = lambda v: feature.decode(v[None], n_iter=n_iter)[0]
+    walks = {'traversal': traversal(model, mu[0], values), 'traversal-as-published': traversal(model, mu[0], values, faithful=True)}
+    drawings = {'reconstruction': lambda: show_sounds({'original': (wav[0], x[0]), 'reconstruction': (sound(x_hat[0]), x_hat[0])}, feature, labels[0]),
+                'sample': lambda: show_sounds({'sample': (sound(made[0]), made[0])}, feature),
+                'interpolation': lambda: show_traversal(inputs_of(model, between(mu[:4], mu[4:8], 10)), range(10), feature, [f'{i + 1}' for i in range(4)]),
+                **{k: lambda v=v, own='published' in k: show_traversal(v, values, feature, own=own) for k, v in walks.items()}}
+    for name, draw in drawings.items():
+        fig = np.ravel(draw())[0].figure
+        fig.savefig(folder/f'{name}.png', dpi=80)
+        plt.close(fig)
+    animate_pairs(folder/'reconstructions.gif', feature, wav, x, x_hat, labels, n_iter=n_iter)
+    animate_samples(folder/'samples.gif', feature, made, n_iter=n_iter)
+    animate_traversal(folder/'traversal.gif', feature, walks['traversal'], values)
+    return sorted(p.name for p in folder.iterdir())
+
+def study_labels(world:FactorWorld, rows:torch.Tensor)->list: # One text a clip
+    "What a clip is, in words and units."
+    v = world.values(rows)
+    say = lambda f, x: f.levels[int(x)] if f.kind == 'nominal' else f'{f.name} {x:.4g} {f.unit}'.strip()
+    return [', '.join(say(f, x) for f, x in zip(world.factors, row)) for row in v]
 
 # %% ../../nbs/81_studies.syntone.ipynb #8173caf7
 def study_frame(results,           # Dicts with 'card' and 'result', as a sweep leaves them
