@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'profiles', 'recipes', 'OBJECTIVES', 'SCORES', 'STRENGTHS'
            'study_world', 'study_feature', 'WorldData', 'study_data', 'study_model', 'study_learner', 'train_study',
            'study_codes', 'study_factors', 'probe_study', 'recon_study', 'score_study', 'evaluate_study', 'run_study',
            'published_study', 'latent_study', 'study_figures', 'study_labels', 'study_frame', 'variance_shares',
-           'paired_gain', 'rank_agreement', 'study_grid', 'study_results']
+           'paired_gain', 'with_udr', 'rank_agreement', 'study_grid', 'pack_study', 'study_results']
 
 # %% ../../nbs/81_studies.syntone.ipynb #ef85ac0d
 import math, time
@@ -160,15 +160,15 @@ def train_study(card:SynToneCard,  # Settings
     notes = dict(study='syntone', settings=card.to_dict(), seconds=round(time.time() - began, 1), provenance=provenance(device))
     return Disentangler(data.feature, learn.model.cpu(), {}, notes), data, learn
 
-# %% ../../nbs/81_studies.syntone.ipynb #ad1120d0
+# %% ../../nbs/81_studies.syntone.ipynb #91404508
 @torch.no_grad()
 def study_codes(model,           # A VAE
                 data:WorldData,  # Clips
-                most:int=10000,  # Clips at most, spread evenly over the grid
+                most:int=10000,  # Clips at most, drawn at random
                 seed:int=1,      # Of the phases
                )->dict:          # 'x' (m, f, n), 'mu', 'logvar' (m, d), 'rows' (m, k), 'held' (m,)
     "What a model makes of the clips of its world."
-    pick = torch.arange(0, len(data.rows), -(-len(data.rows)//most))
+    pick = torch.randperm(len(data.rows), generator=make_generator(0, 'pick'))[:most].sort().values
     x, rows, which = world_features(data.world, data.feature, data.rows[pick], seed)
     model.eval()
     parts = [model.posterior(b) for b in x.split(256)]
@@ -231,7 +231,7 @@ def score_study(codes:dict,         # From `study_codes`
     out |= {c: {m: float(score(drawn, plain, m, c)) for m in names} for c in ('syntone', 'syntone_correct')}
     return {k: {n: round(v, 5) for n, v in d.items()} for k, d in out.items()}
 
-# %% ../../nbs/81_studies.syntone.ipynb #588455ae
+# %% ../../nbs/81_studies.syntone.ipynb #91c31b8c
 def evaluate_study(system,          # Trained
                    data:WorldData,  # Its clips
                    metrics=SCORES,  # Scores to take
@@ -245,11 +245,13 @@ def evaluate_study(system,          # Trained
 def run_study(card:SynToneCard,  # Settings
               device='auto',     # Where to train
               out=None,          # Folder for the system; it is not kept when not given
+              keep:int=400,      # Clips whose codes are kept, for comparing models with each other
               cbs=()):           # More callbacks
     "Train and evaluate a card; returns numbers that JSON can hold. The function that a sweep calls."
     system, data, learn = train_study(card, device, cbs=cbs)
     if out: system.save(Path(out))
-    return dict(seconds=system.card['seconds'], **evaluate_study(system, data))
+    codes = study_codes(system.model, data, keep)['mu']
+    return dict(seconds=system.card['seconds'], **evaluate_study(system, data), codes=[[round(float(v), 3) for v in z] for z in codes])
 
 # %% ../../nbs/81_studies.syntone.ipynb #dcaca291
 def published_study(model, data:WorldData, repeats:int=10)->dict: # call -> score -> [mean, deviation]
@@ -328,7 +330,7 @@ def study_labels(world:FactorWorld, rows:torch.Tensor)->list: # One text a clip
     say = lambda f, x: f.levels[int(x)] if f.kind == 'nominal' else f'{f.name} {x:.4g} {f.unit}'.strip()
     return [', '.join(say(f, x) for f, x in zip(world.factors, row)) for row in v]
 
-# %% ../../nbs/81_studies.syntone.ipynb #8173caf7
+# %% ../../nbs/81_studies.syntone.ipynb #bba74f74
 def study_frame(results,           # Dicts with 'card' and 'result', as a sweep leaves them
                 call:str='mean',   # Which scores: 'mean', 'drawn', 'syntone', 'syntone_correct'
                ):                  # DataFrame: method, strength, seed, scores, probes, `error`, `nats`
@@ -336,7 +338,8 @@ def study_frame(results,           # Dicts with 'card' and 'result', as a sweep 
     import pandas as pd
     return pd.DataFrame([{**{k: r['card'][k] for k in ('world', 'method', 'strength', 'seed')}, **r['result']['scores'][call],
                           **{f'probe {k}': v for k, v in r['result']['probes'].items()},
-                          'error': r['result']['recon']['held']/r['result']['recon']['constant'], 'nats': sum(r['result']['recon']['kl'])} for r in results])
+                          'error': r['result']['recon']['held']/r['result']['recon']['constant'], 'nats': sum(r['result']['recon']['kl']),
+                          'udr': r['result'].get('udr')} for r in results])
 
 # %% ../../nbs/81_studies.syntone.ipynb #62a28924
 def variance_shares(frame,       # From `study_frame`
@@ -358,12 +361,26 @@ def paired_gain(frame, score:str, a:dict, b:dict, level:float=.95)->dict: # 'gai
     half = t.ppf(.5 + level/2, len(d) - 1)*d.std(ddof=1)/len(d)**.5
     return dict(gain=float(d.mean()), lo=float(d.mean() - half), hi=float(d.mean() + half), n=len(d))
 
-# %% ../../nbs/81_studies.syntone.ipynb #2c6e6221
+# %% ../../nbs/81_studies.syntone.ipynb #fc64c7e9
+def with_udr(results): # The same, with `udr` in each 'result' in place of 'codes'
+    "Agreement of each run with the other seeds of its setting; NaN becomes None."
+    from disentangle_nb.evaluation.scores import udr
+    key = lambda r: tuple((k, str(v)) for k, v in sorted(r['card'].items()) if k != 'seed')
+    groups = {}
+    for r in results: groups.setdefault(key(r), []).append(r)
+    out = []
+    for runs in groups.values():
+        alone = len(runs) < 2
+        found = [math.nan] if alone else udr([np.array(r['result']['codes']) for r in runs], [np.array(r['result']['recon']['kl']) for r in runs])
+        out += [{**r, 'result': {k: v for k, v in r['result'].items() if k != 'codes'} | dict(udr=None if np.isnan(u) else round(float(u), 4))}
+                for r, u in zip(runs, found)]
+    return out
+
 def rank_agreement(frame, names:list): # DataFrame (names, names)
     "Spearman correlation of scores over runs."
     return frame[names].corr('spearman')
 
-# %% ../../nbs/81_studies.syntone.ipynb #13c8f155
+# %% ../../nbs/81_studies.syntone.ipynb #ceb18b96
 STRENGTHS = dict(vae=(1., 4., 16.), annealed=(5., 10., 20.), factor=(5., 20., 80.), tc=(4., 16., 64.), dip1=(2., 10., 50.), dip2=(2., 10., 50.))
 
 def study_grid(profile:str='sweep', # Size of every run
@@ -373,8 +390,22 @@ def study_grid(profile:str='sweep', # Size of every run
     "The cards of the study's sweep."
     return [syntone_card('ours', profile, method=m, strength=s, seed=i, **changes) for i in seeds for m, strengths in STRENGTHS.items() for s in strengths]
 
+def pack_study(folder, # Of a sweep
+               name:str, # Of the set of results
+               out=None, # Folder to write to; the one that ships if not given
+              )->Path:   # The file
+    "Put the runs of a sweep into one file, with what needs all of them."
+    runs = sorted((read_json(f) for f in Path(folder).glob('*.json')), key=lambda r: [r['card'][k] for k in ('method', 'strength', 'seed')])
+    if not runs: raise FileNotFoundError(f"no finished run in {folder}; sweep(run_study, study_grid(), folder) makes them")
+    own = provenance()
+    slim = with_udr([{k: r[k] for k in ('card', 'result')} for r in runs])
+    file = Path(out or repo_root()/'data'/'results'/'syntone')/f'{name}.json'
+    write_json(file, dict(provenance=runs[0].get('provenance', own), runs=slim))
+    return file
+
 def study_results(name:str,     # Such as 'sweep', 'reference' or 'orchestra'
                   folder=None,  # Where results lie; those that ship if not given
                  )->list:       # Dicts with 'card' and 'result'
-    "Recorded runs."
-    return read_json(Path(folder or repo_root()/'data'/'results'/'syntone')/f'{name}.json')['runs']
+    "Recorded runs; an empty list where there are none."
+    file = Path(folder or repo_root()/'data'/'results'/'syntone')/f'{name}.json'
+    return read_json(file)['runs'] if file.exists() else []
