@@ -334,7 +334,7 @@ class ToneDesk:
 
 STUDIES = dict(gmvae=NoteDesk(), syntone=ToneDesk())
 
-# %% ../nbs/90_cli.ipynb #9a6fdc8a
+# %% ../nbs/90_cli.ipynb #b56130e3
 PLANNED = 'move voice intervals'.split()
 
 def check_study(name:str):
@@ -353,8 +353,8 @@ def train_parser()->Parser:
     add('--data', metavar='PATH', help='folder of audio with a metadata.csv (columns file, instrument, midi_pitch), such a CSV, or an unpacked TinySOL, '
         'NSynth or GMVAE release; the rendered orchestra if not given. syntone makes its own tones, or takes the word orchestra')
     add('--out', metavar='DIR', help='run folder; out/STUDY-PROFILE-SEED if not given')
-    add('--profile', choices=['quick', 'demo', 'sweep', 'cpu', 'paper'], default='cpu',
-        help='size: quick (seconds), demo (gmvae: minutes), sweep (syntone: a minute), cpu (at most an hour on two cores), paper (a GPU)')
+    add('--profile', choices=['quick', 'demo', 'cpu', 'paper'], default='cpu',
+        help='size: quick (seconds), demo (gmvae: minutes), cpu (at most an hour on two cores), paper (a GPU)')
     add('--recipe', choices=['ours', 'few_labels', 'faithful'], default='ours', help="this project's objective, its variant for few labels, or the published one")
     add('--seed', type=int, default=0, metavar='N', help='of weights, order and noise, from 0')
     add('--device', default='auto', help='auto, cpu, cuda, cuda:1 or mps')

@@ -22,7 +22,7 @@ from ..losses.tc import AdaLoss, AnnealedLoss, BetaTCLoss, DIPLoss, FactorLoss, 
 from ..models.system import Disentangler
 from ..models.vae import Discriminator, SmallVAE, ToneVAE
 
-# %% ../../nbs/81_studies.syntone.ipynb #d0ea5d26
+# %% ../../nbs/81_studies.syntone.ipynb #130f78f7
 METHODS = ('vae', 'annealed', 'factor', 'tc', 'dip1', 'dip2', 'hf', 'ada')
 
 @dataclass(frozen=True)
@@ -34,31 +34,32 @@ class SynToneCard(RunCard):
     faithful:bool = False          # Tones, features, division, objective and evaluation as published
     n_freqs:int = 400              # Frequencies of the grid
     n_amps:int = 20                # Amplitudes of the grid
+    equal_rms:bool = True          # Amplitudes are levels: all waves have a sine's RMS; otherwise a peak of 1
     held:float = .15               # Share held out: of (timbre, frequency) cells; of clips where faithful
-    division:int = 0               # Which draw of them
+    division:int = 0               # Which draw of them; 0 chose the settings, others judge them
     n_mels:int = 64                # Mel bands
     hop:int = 1024                 # Samples between frames
     net:Literal['small', 'published'] = 'small'  # Network
     level:bool = True              # The small network has a latent for the level, and no normalisation that is deaf to it
     latent:int = 8                 # Dimensions
-    noise:float | None = .02       # Variance of the decoder's noise; learnt when None
+    noise:float | None = .1        # Variance of the decoder's noise; learnt when None
     critic:tuple[int, int] = (200, 3)  # Width and depth of FactorVAE's discriminator
     critic_lr:float = 5e-4         # Its step size
     live:bool = False              # Render every batch anew
-    epochs:int = 8                 # Passes over the training clips
+    epochs:int = 4                 # Passes over the training clips
     bs:int = 64                    # Clips a step
     lr:float = 2e-3                # Step size, the peak of a one-cycle schedule
     one_cycle:bool = True          # One-cycle schedule; constant otherwise
     bf16:bool = False              # bfloat16 products where the device has them
     seed:int = 0                   # Weights, order, noise
 
-# %% ../../nbs/81_studies.syntone.ipynb #80e04ca5
-profiles = dict(quick=dict(n_freqs=24, n_amps=4, n_mels=32, epochs=6), sweep=dict(epochs=4), cpu=dict(), paper=dict(n_mels=128, hop=512, epochs=60, bf16=True))
+# %% ../../nbs/81_studies.syntone.ipynb #766eb087
+profiles = dict(quick=dict(n_freqs=24, n_amps=4, n_mels=32, epochs=6), cpu=dict(), paper=dict(n_mels=128, hop=512, epochs=60, bf16=True))
 recipes = dict(ours={}, faithful=dict(faithful=True, held=.2, n_mels=128, hop=512, net='published', noise=None, critic=(1000, 5), critic_lr=5e-5,
                                       epochs=20, lr=1e-3, one_cycle=False))
 
 def syntone_card(recipe:str='ours',   # 'ours', or 'faithful': everything as published
-                 profile:str='cpu',   # 'quick' (seconds), 'sweep' (a minute), 'cpu' (minutes), 'paper' (the source's bands and frames, a GPU)
+                 profile:str='cpu',   # 'quick' (seconds), 'cpu' (a minute or two), 'paper' (the source's bands and frames, a GPU)
                  **changes            # Settings that differ
                 )->SynToneCard:
     "The card of a recipe at a size; what is published has one size, but for a quick look."
@@ -77,7 +78,7 @@ def check_card(card:SynToneCard): # Settings
     if not 0 < card.held < 1: raise ValueError(f"held is a share between 0 and 1, both left out; got {card.held}")
     if card.faithful and card.world != 'tones': raise ValueError("the faithful recipe is about tones; use the recipe ours for an orchestra")
 
-# %% ../../nbs/81_studies.syntone.ipynb #31cd912d
+# %% ../../nbs/81_studies.syntone.ipynb #59a8ef6a
 def study_world(card:SynToneCard, # Settings
                )->FactorWorld:
     "The world of a card."
@@ -85,7 +86,7 @@ def study_world(card:SynToneCard, # Settings
         from disentangle_nb.data.worlds import orchestra_world
         return orchestra_world(sr=16000, dur=1.)
     if card.faithful: return Tones(compat=True, freqs=np.linspace(440, 8000, card.n_freqs), amps=np.linspace(.1, 1, card.n_amps))
-    return Tones(np.geomspace(55, 1760, card.n_freqs), np.geomspace(.1, 1, card.n_amps))
+    return Tones(np.geomspace(55, 1760, card.n_freqs), np.geomspace(.1, 1, card.n_amps), equal_rms=card.equal_rms)
 
 def study_feature(card:SynToneCard): # A `LevelMel`; `MaxMel` where faithful
     "The feature of a card."
@@ -380,15 +381,15 @@ def rank_agreement(frame, names:list): # DataFrame (names, names)
     "Spearman correlation of scores over runs."
     return frame[names].corr('spearman')
 
-# %% ../../nbs/81_studies.syntone.ipynb #ceb18b96
+# %% ../../nbs/81_studies.syntone.ipynb #3b31b65c
 STRENGTHS = dict(vae=(1., 4., 16.), annealed=(5., 10., 20.), factor=(5., 20., 80.), tc=(4., 16., 64.), dip1=(2., 10., 50.), dip2=(2., 10., 50.))
 
-def study_grid(profile:str='sweep', # Size of every run
+def study_grid(profile:str='cpu', # Size of every run
                seeds=range(5),    # Seeds
                **changes          # Settings that differ
               )->list:            # Cards
     "The cards of the study's sweep."
-    return [syntone_card('ours', profile, method=m, strength=s, seed=i, **changes) for i in seeds for m, strengths in STRENGTHS.items() for s in strengths]
+    return [syntone_card('ours', profile, method=m, strength=s, seed=i, **{'division': 1, **changes}) for i in seeds for m, strengths in STRENGTHS.items() for s in strengths]
 
 def pack_study(folder, # Of a sweep
                name:str, # Of the set of results
