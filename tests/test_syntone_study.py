@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from disentangle_nb import cli
-from disentangle_nb.core import CardError, repo_root
+from disentangle_nb.core import CardError
 from disentangle_nb.studies import syntone
 from disentangle_nb.studies.syntone import *
 

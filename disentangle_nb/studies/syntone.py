@@ -9,13 +9,13 @@ __all__ = ['METHODS', 'profiles', 'recipes', 'OBJECTIVES', 'SCORES', 'STRENGTHS'
            'published_study', 'latent_study', 'study_figures', 'study_labels', 'study_frame', 'variance_shares',
            'paired_gain', 'with_udr', 'rank_agreement', 'study_grid', 'pack_study', 'study_results']
 
-# %% ../../nbs/81_studies.syntone.ipynb #ef85ac0d
-import math, time
+# %% ../../nbs/81_studies.syntone.ipynb #4f64315c
+import io, math, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 import numpy as np, torch
-from ..core import RunCard, make_generator, pick_device, provenance, read_json, repo_root, seed_everything, write_json
+from ..core import RunCard, atomic_path, make_generator, pick_device, provenance, read_json, repo_root, seed_everything, write_json
 from ..data.syntone import FactorWorld, Tones
 from ..features.tonemel import LevelMel, MaxMel, world_features
 from ..losses.tc import AdaLoss, AnnealedLoss, BetaTCLoss, DIPLoss, FactorLoss, HFLoss, VAELoss
@@ -288,7 +288,7 @@ def latent_study(model,            # A VAE
     rows = lambda t: t.reset_index().round(4).astype(object).where(lambda d: d.notna(), None).to_dict('records')
     return dict(latents=rows(table), owner=rows(owner), swap=rows(swap), reader=rows(reader_accuracy(reader)))
 
-# %% ../../nbs/81_studies.syntone.ipynb #29efc4d5
+# %% ../../nbs/81_studies.syntone.ipynb #6d029448
 @torch.no_grad()
 def study_figures(system,          # Trained
                   data:WorldData,  # Its clips
@@ -300,6 +300,7 @@ def study_figures(system,          # Trained
                  )->list:          # Names of the files
     "Write the figures of a run: PNG and GIF."
     import matplotlib.pyplot as plt
+    from PIL import Image
     from disentangle_nb.synthesis.traverse import animate_pairs, animate_samples, animate_traversal, between, inputs_of, show_sounds, show_traversal, traversal
     folder, model, feature = Path(folder), system.model.eval(), data.feature
     folder.mkdir(parents=True, exist_ok=True)
@@ -318,8 +319,9 @@ def study_figures(system,          # Trained
                 **{k: lambda v=v, own='published' in k: show_traversal(v, values, feature, own=own) for k, v in walks.items()}}
     for name, draw in drawings.items():
         fig = np.ravel(draw())[0].figure
-        fig.savefig(folder/f'{name}.png', dpi=80)
+        fig.savefig(png := io.BytesIO(), format='png', dpi=80)
         plt.close(fig)
+        with atomic_path(folder/f'{name}.png') as tmp: Image.open(png).convert('RGB').quantize(64).save(tmp, 'PNG', optimize=True)
     animate_pairs(folder/'reconstructions.gif', feature, wav, x, x_hat, labels, n_iter=n_iter)
     animate_samples(folder/'samples.gif', feature, made, n_iter=n_iter)
     animate_traversal(folder/'traversal.gif', feature, walks['traversal'], values)
