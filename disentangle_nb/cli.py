@@ -16,7 +16,7 @@ import argparse, contextlib, csv, difflib, inspect, io, math, os, re, shutil, sy
 from pathlib import Path
 from .core import CardError, atomic_path, pick_device, provenance, read_json, shared_audio, write_json
 
-# %% ../nbs/90_cli.ipynb #14fcf2cb
+# %% ../nbs/90_cli.ipynb #c19c2f50
 class UserError(Exception): "What the user should know, in one line."
 
 @contextlib.contextmanager
@@ -35,6 +35,7 @@ def command(name:str, # As typed
     "Run a command; a `UserError` becomes a line, a bug stays a traceback."
     say = lambda text: print(f'{name}: {text}', file=sys.stderr)
     with warnings.catch_warnings():
+        warnings.filterwarnings('default', category=UserWarning, module='disentangle_nb')  # ours are for the user, whatever Python was told
         warnings.showwarning = lambda m, kind, *a, **k: say(f'warning: {m}') if issubclass(kind, UserWarning) else None
         try: return work(sys.argv[1:] if argv is None else [str(a) for a in argv]) or 0
         except UserError as e: say(f'error: {e}'); return 2

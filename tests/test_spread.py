@@ -235,7 +235,7 @@ def test_without_accelerate_it_names_the_extra(monkeypatch):
     spec.loader.exec_module(bare)
     assert bare.own_device('cpu') == torch.device('cpu') and not hasattr(bare.DistributedTrainer, '_wrap_dl')
     monkeypatch.setenv('WORLD_SIZE', '2')
-    with pytest.raises(ImportError, match=r"pip install 'disentangle_nb\[distributed\]'"): bare.own_device('cpu')
+    with pytest.raises(ImportError, match=r"pip install 'disentangle_nb\[gpus\]'"): bare.own_device('cpu')
 
 
 if __name__ == '__main__': main(Path(sys.argv[1]))

@@ -165,7 +165,8 @@ t.sweep(partial(t.waits, diary=Path({diary!r})), t.grid(t.Card(), seed=range(6))
 def program(*args, env=None):
     "A process with its children in a group of its own, ended whatever happens."
     env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(here), str(here.parent), os.environ.get('PYTHONPATH', '')]), **(env or {})}
-    p = subprocess.Popen([sys.executable, *map(str, args)], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env)
+    p = subprocess.Popen([sys.executable, *map(str, args)], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a suite begun in the background ignores it, and so would this
     reader = threading.Thread(target=lambda: setattr(p, 'said', p.stderr.read()), daemon=True) # a full pipe would stop it
     reader.start()
     try: yield p
