@@ -186,7 +186,7 @@ def study_factors(world:FactorWorld,  # A world
     named = {f.name: np.array(f.levels)[v[:, i].astype(int)] for i, f in enumerate(world.factors) if f.kind == 'nominal'}
     return pd.DataFrame({n: named[n] if n in named else scale.get(n, np.asarray)(v[:, i]) for i, n in enumerate(world.names)})
 
-# %% ../../nbs/81_studies.syntone.ipynb #714f5e0d
+# %% ../../nbs/81_studies.syntone.ipynb #39e59a93
 def probe_study(codes:dict,         # From `study_codes`
                 factors,            # From `study_factors`
                )->dict:             # Factor -> R2 or accuracy on held-out cells
@@ -199,7 +199,6 @@ def probe_study(codes:dict,         # From `study_codes`
 
 def recon_study(model, codes:dict)->dict: # Mean squared error of a clip, summed over the input, held-out and not; a constant's; nats
     "How well clips come back from their means, and what the latents cost."
-    from disentangle_nb.losses.tc import kl_standard
     mu, logvar, which, held = (codes[k] for k in ('mu', 'logvar', 'which', 'held'))
     first = torch.zeros(len(codes['x']), dtype=torch.long).scatter_(0, which, torch.arange(len(which)))  # one clip for each input
     with torch.no_grad(): back = torch.cat([model.decoder(z) for z in mu[first].split(256)])
@@ -232,7 +231,7 @@ def score_study(codes:dict,         # From `study_codes`
     out |= {c: {m: float(score(drawn, plain, m, c)) for m in names} for c in ('syntone', 'syntone_correct')}
     return {k: {n: round(v, 5) for n, v in d.items()} for k, d in out.items()}
 
-# %% ../../nbs/81_studies.syntone.ipynb #91c31b8c
+# %% ../../nbs/81_studies.syntone.ipynb #75efd760
 def evaluate_study(system,          # Trained
                    data:WorldData,  # Its clips
                    metrics=SCORES,  # Scores to take
@@ -249,22 +248,24 @@ def run_study(card:SynToneCard,  # Settings
               keep:int=400,      # Clips whose codes are kept, for comparing models with each other
               cbs=()):           # More callbacks
     "Train and evaluate a card; returns numbers that JSON can hold. The function that a sweep calls."
-    system, data, learn = train_study(card, device, cbs=cbs)
+    system, data, _ = train_study(card, device, cbs=cbs)
     if out: system.save(Path(out))
     codes = study_codes(system.model, data, keep)['mu']
     return dict(seconds=system.card['seconds'], **evaluate_study(system, data), codes=[[round(float(v), 3) for v in z] for z in codes])
 
-# %% ../../nbs/81_studies.syntone.ipynb #dcaca291
+# %% ../../nbs/81_studies.syntone.ipynb #f6884130
 def published_study(model, data:WorldData, repeats:int=10)->dict: # call -> score -> [mean, deviation]
     "The published evaluation of one model, and the same with latents and causes in their places."
+    from disentangle_nb.evaluation.metrics import read_items
     from disentangle_nb.evaluation.scores import score
     codes = study_codes(model, data, len(data.rows))
     v = data.world.values(data.rows)[:, [data.world.column(n) for n in ('timbre', 'frequency', 'amplitude')]]
     names, out = ('mig', 'sap', 'dcimig', 'jemmig', 'modularity'), {}
+    noise = (torch.randn(codes['mu'].shape, generator=make_generator(i, 'trial')) for i in range(repeats))
+    trials = [read_items((codes['mu'] + torch.exp(.5*codes['logvar'])*e).numpy(), v) for e in noise]
     for call in ('syntone', 'syntone_correct'):
-        draws = [[float(score((codes['mu'] + torch.exp(.5*codes['logvar'])*torch.randn(codes['mu'].shape, generator=make_generator(i, 'trial'))).numpy(), v, m, call))
-                  for m in names] for i in range(repeats)]
-        out[call] = {m: [round(float(np.mean(c)), 5), round(float(np.std(c, ddof=1)), 6)] for m, c in zip(names, zip(*draws))}
+        draws = {m: [float(score(t, None, m, call)) for t in trials] for m in names}
+        out[call] = {m: [round(float(np.mean(d)), 5), round(float(np.std(d, ddof=1)), 6)] for m, d in draws.items()}
     return out
 
 # %% ../../nbs/81_studies.syntone.ipynb #14339d3e
@@ -383,7 +384,7 @@ def rank_agreement(frame, names:list): # DataFrame (names, names)
     "Spearman correlation of scores over runs."
     return frame[names].corr('spearman')
 
-# %% ../../nbs/81_studies.syntone.ipynb #3b31b65c
+# %% ../../nbs/81_studies.syntone.ipynb #a3db20b8
 STRENGTHS = dict(vae=(1., 4., 16.), annealed=(5., 10., 20.), factor=(5., 20., 80.), tc=(4., 16., 64.), dip1=(2., 10., 50.), dip2=(2., 10., 50.))
 
 def study_grid(profile:str='cpu', # Size of every run
@@ -400,10 +401,9 @@ def pack_study(folder, # Of a sweep
     "Put the runs of a sweep into one file, with what needs all of them."
     runs = sorted((read_json(f) for f in Path(folder).glob('*.json')), key=lambda r: [r['card'][k] for k in ('method', 'strength', 'seed')])
     if not runs: raise FileNotFoundError(f"no finished run in {folder}; sweep(run_study, study_grid(), folder) makes them")
-    own = provenance()
     slim = with_udr([{k: r[k] for k in ('card', 'result')} for r in runs])
     file = Path(out or repo_root()/'data'/'results'/'syntone')/f'{name}.json'
-    write_json(file, dict(provenance=runs[0].get('provenance', own), runs=slim))
+    write_json(file, dict(provenance=runs[0].get('provenance'), runs=slim))
     return file
 
 def study_results(name:str,     # Such as 'sweep', 'reference' or 'orchestra'
