@@ -22,7 +22,7 @@ from ..losses.tc import AdaLoss, AnnealedLoss, BetaTCLoss, DIPLoss, FactorLoss, 
 from ..models.system import Disentangler
 from ..models.vae import Discriminator, SmallVAE, ToneVAE
 
-# %% ../../nbs/81_studies.syntone.ipynb #130f78f7
+# %% ../../nbs/81_studies.syntone.ipynb #c1d331a0
 METHODS = ('vae', 'annealed', 'factor', 'tc', 'dip1', 'dip2', 'hf', 'ada')
 
 @dataclass(frozen=True)
@@ -36,11 +36,12 @@ class SynToneCard(RunCard):
     n_amps:int = 20                # Amplitudes of the grid
     equal_rms:bool = True          # Amplitudes are levels: all waves have a sine's RMS; otherwise a peak of 1
     held:float = .15               # Share held out: of (timbre, frequency) cells; of clips where faithful
-    division:int = 0               # Which draw of them; 0 chose the settings, others judge them
+    division:int = 0               # Which draw of them; 0 chose the settings, 4 to 8 judged them
     n_mels:int = 64                # Mel bands
     hop:int = 1024                 # Samples between frames
     net:Literal['small', 'published'] = 'small'  # Network
     level:bool = True              # The small network has a latent for the level, and no normalisation that is deaf to it
+    broadcast:bool = True          # The small network's decoder lays latents on a map of places
     latent:int = 8                 # Dimensions
     noise:float | None = .1        # Variance of the decoder's noise; learnt when None
     critic:tuple[int, int] = (200, 3)  # Width and depth of FactorVAE's discriminator
@@ -78,13 +79,13 @@ def check_card(card:SynToneCard): # Settings
     if not 0 < card.held < 1: raise ValueError(f"held is a share between 0 and 1, both left out; got {card.held}")
     if card.faithful and card.world != 'tones': raise ValueError("the faithful recipe is about tones; use the recipe ours for an orchestra")
 
-# %% ../../nbs/81_studies.syntone.ipynb #59a8ef6a
+# %% ../../nbs/81_studies.syntone.ipynb #4cebf7ac
 def study_world(card:SynToneCard, # Settings
                )->FactorWorld:
     "The world of a card."
     if card.world == 'orchestra':
         from disentangle_nb.data.worlds import orchestra_world
-        return orchestra_world(sr=16000, dur=1.)
+        return orchestra_world(velocities=tuple(range(30, 121, 10)), sr=16000, dur=1.)
     if card.faithful: return Tones(compat=True, freqs=np.linspace(440, 8000, card.n_freqs), amps=np.linspace(.1, 1, card.n_amps))
     return Tones(np.geomspace(55, 1760, card.n_freqs), np.geomspace(.1, 1, card.n_amps), equal_rms=card.equal_rms)
 
@@ -111,7 +112,7 @@ def study_data(card:SynToneCard, # Settings
     known = {tuple(r) for r in kept.grid().tolist()}
     return WorldData(world, study_feature(card), rows, torch.tensor([tuple(r) not in known for r in rows.tolist()]), kept)
 
-# %% ../../nbs/81_studies.syntone.ipynb #fc9814a0
+# %% ../../nbs/81_studies.syntone.ipynb #fcd75cb7
 OBJECTIVES = dict(
     vae=lambda c, n: VAELoss(c.strength, c.faithful),
     annealed=lambda c, n: AnnealedLoss(capacity=c.strength, gamma=100., faithful=c.faithful),
@@ -127,7 +128,7 @@ def study_model(card:SynToneCard, # Settings
                ):                 # A VAE
     "The network of a card, padded sizes refused by the network itself."
     if card.net == 'published': return ToneVAE(*shape, card.latent, sample_in_eval=card.faithful)
-    model = SmallVAE(*shape, card.latent, norm=not card.level, level=card.level)
+    model = SmallVAE(*shape, card.latent, norm=not card.level, level=card.level, broadcast=card.broadcast)
     if card.noise is not None: model.x_logvar.data.fill_(math.log(card.noise)), model.x_logvar.requires_grad_(False)
     return model
 
@@ -365,11 +366,11 @@ def paired_gain(frame, score:str, a:dict, b:dict, level:float=.95)->dict: # 'gai
     half = t.ppf(.5 + level/2, len(d) - 1)*d.std(ddof=1)/len(d)**.5
     return dict(gain=float(d.mean()), lo=float(d.mean() - half), hi=float(d.mean() + half), n=len(d))
 
-# %% ../../nbs/81_studies.syntone.ipynb #fc64c7e9
+# %% ../../nbs/81_studies.syntone.ipynb #0b721474
 def with_udr(results): # The same, with `udr` in each 'result' in place of 'codes'
     "Agreement of each run with the other seeds of its setting; NaN becomes None."
     from disentangle_nb.evaluation.scores import udr
-    key = lambda r: tuple((k, str(v)) for k, v in sorted(r['card'].items()) if k != 'seed')
+    key = lambda r: tuple((k, str(v)) for k, v in sorted(r['card'].items()) if k not in ('seed', 'division'))
     groups = {}
     for r in results: groups.setdefault(key(r), []).append(r)
     out = []
@@ -384,15 +385,16 @@ def rank_agreement(frame, names:list): # DataFrame (names, names)
     "Spearman correlation of scores over runs."
     return frame[names].corr('spearman')
 
-# %% ../../nbs/81_studies.syntone.ipynb #a3db20b8
-STRENGTHS = dict(vae=(1., 4., 16.), annealed=(5., 10., 20.), factor=(5., 20., 80.), tc=(4., 16., 64.), dip1=(2., 10., 50.), dip2=(2., 10., 50.))
+# %% ../../nbs/81_studies.syntone.ipynb #2e922ab1
+STRENGTHS = dict(vae=(1., 4., 16.), annealed=(5., 10., 20.), factor=(5., 20., 80.), tc=(4., 16., 64.), dip1=(2., 10., 50.), dip2=(2., 10., 50.),
+                 hf=(4.,), ada=(1.,))
 
 def study_grid(profile:str='cpu', # Size of every run
                seeds=range(5),    # Seeds
                **changes          # Settings that differ
               )->list:            # Cards
     "The cards of the study's sweep."
-    return [syntone_card('ours', profile, method=m, strength=s, seed=i, **{'division': 1, **changes}) for i in seeds for m, strengths in STRENGTHS.items() for s in strengths]
+    return [syntone_card('ours', profile, **{**dict(method=m, strength=s, seed=i, division=4 + i), **changes}) for i in seeds for m, strengths in STRENGTHS.items() for s in strengths]
 
 def pack_study(folder, # Of a sweep
                name:str, # Of the set of results
