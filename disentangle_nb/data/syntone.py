@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'WAVES', 'EDGE', 'STEP', 'POWER', 'GAIN', 'OFFSET', 'BLOCK', 'EXTRAS', 'POSITIVE', 'WorldError', 'unknown',
            'Factor', 'FactorWorld', 'check_world', 'published_times', 'naive_waves', 'partial_count', 'partials',
-           'exact_products', 'block_sum', 'bent_sum', 'identifiable', 'Tones', 'write_tones', 'read_tones']
+           'exact_products', 'block_sum', 'bent_sum', 'identifiable', 'Tones', 'in_turn', 'write_tones', 'read_tones']
 
 # %% ../../nbs/10_data.syntone.ipynb #10db35ca
 import difflib, json, math, warnings, zipfile
@@ -242,7 +242,7 @@ def held_out(self:FactorWorld, a:str, b:str,
                          "smaller share or other factors")
     return self.weighted(a, b, keep), self.weighted(a, b, ~keep)
 
-# %% ../../nbs/10_data.syntone.ipynb #290c3195
+# %% ../../nbs/10_data.syntone.ipynb #edf6be6f
 WAVES = ('sine', 'triangle', 'sawtooth', 'square')
 
 def published_times(n:int,          # Samples
@@ -256,13 +256,10 @@ def naive_waves(freq:torch.Tensor,   # Hz, (n,)
                 dtype=torch.float64, # Of the result; phases are float64 whatever it is
                )->torch.Tensor:      # (n, 4, t), the waves of `WAVES`, peak 1
     "Waveforms by definition, aliases included."
-    phase = (2*math.pi * freq.double()[:, None] * time).remainder_(2*math.pi)
-    out = torch.empty(len(freq), 4, len(time), dtype=dtype)
-    out[:, 0] = phase.to(dtype).sin()
-    out[:, 2] = phase.to(dtype).div(math.pi).sub_(1)
-    out[:, 1] = out[:, 2].abs().mul_(-2).add_(1)
-    out[:, 3] = torch.where(phase < math.pi, 1., -1.)
-    return out
+    phase = (2*math.pi * freq.double()[:, None] * time).fmod_(2*math.pi)
+    turn = phase.to(dtype)
+    rising = turn/math.pi - 1
+    return torch.stack([turn.sin(), 1 - 2*rising.abs(), rising, 1. - 2*(phase >= math.pi).to(dtype)], 1)
 
 # %% ../../nbs/10_data.syntone.ipynb #dd210460
 EDGE = .45  # Overtones end at this share of the sample rate
@@ -411,7 +408,7 @@ class Tones(FactorWorld):
         bend = 2**(max(np.atleast_1d(extras.get('vibrato_depth', 0)))/1200)
         _check_range(base[0].values, bend, sr, dur, timbres, compat)
 
-# %% ../../nbs/10_data.syntone.ipynb #475f88bd
+# %% ../../nbs/10_data.syntone.ipynb #8d64247f
 @patch
 def settings(self:Tones,
              indices:torch.Tensor, # Choices, (n, k)
@@ -427,15 +424,23 @@ def settings(self:Tones,
     v['timbre'] = torch.tensor([WAVES.index(w) for w in self['timbre'].levels])[v['timbre'].long()]
     return v
 
+def in_turn(which): # Whether all four waves of a frequency come together, frequencies in order, as in the grid
+    if len(which) % 4: return False
+    fours = which.view(-1, 4)
+    return bool((fours == fours[:, :1] + torch.arange(4)).all() and (fours[:, 0] % 4 == 0).all() and (which.diff() > -4).all())
+
 @patch
 def _naive(self:Tones, v, out):
     "Published waves, in `out`: each different one is made once, amplitudes come after."
     time = published_times(self.n_samples, self.sr)
     for part in (slice(a, a + BLOCK) for a in range(0, len(out), BLOCK)):
         freq, which = v['frequency'][part].unique(return_inverse=True)
-        unit = naive_waves(freq, time, out.dtype).flatten(0, 1)
-        rows = torch.index_select(unit, 0, 4*which + v['timbre'][part], out=out[part])
-        rows.mul_(v['amplitude'][part, None].to(out.dtype))
+        unit, which = naive_waves(freq, time, out.dtype), 4*which + v['timbre'][part]
+        amp, own = v['amplitude'][part, None].to(out.dtype), out[part]
+        if in_turn(which):
+            many = (which//4).bincount().tolist()
+            for wave, a, rows in zip(unit, amp.split(many), own.split(many)): torch.mul(wave, a.view(-1, 4, 1), out=rows.view(-1, *wave.shape))
+        else: torch.index_select(unit.flatten(0, 1), 0, which, out=own).mul_(amp)
     return out
 
 # %% ../../nbs/10_data.syntone.ipynb #fbc9358c

@@ -65,16 +65,17 @@ def _group(self:LogMel, size:int=16):
         self._spans.append((2*a, 2*z))
         self.register_buffer(f'_w{i}', rows[:, a:z].repeat_interleave(2, 1).T.contiguous(), persistent=False)
 
-# %% ../../nbs/20a_features.mel.ipynb #95273a47
+# %% ../../nbs/20a_features.mel.ipynb #c0a1bd43
 @patch
 def _squares(self:LogMel, fr, buf, size=160):
     "Squared real and imaginary parts `(b*n, 2*f)` of frames `(b, n, n_fft)`, in `buf` if there is one."
     if buf is None: return torch.view_as_real(torch.fft.rfft(fr * self.window)).flatten(-2).square().flatten(0, 1)
-    i = 0
-    for q in (q for clip in fr for q in clip.tensor_split(-(-len(clip) // size))):
-        x = torch.view_as_real(torch.fft.rfft(q * self.window)).flatten(-2)
-        torch.mul(x, x, out=buf[i:i + len(q)])
-        i += len(q)
+    n, i = fr.shape[1], 0
+    short = fr.split(max(1, size // n)) if n <= size else (q for clip in fr.split(1) for q in clip.tensor_split(-(-n // size), 1))
+    for q in short:
+        x = torch.view_as_real(torch.fft.rfft(q * self.window)).flatten(-2).flatten(0, 1)
+        torch.mul(x, x, out=buf[i:i + len(x)])
+        i += len(x)
     return buf[:i]
 
 # %% ../../nbs/20a_features.mel.ipynb #20e3a3fc

@@ -112,7 +112,7 @@ def study_data(card:SynToneCard, # Settings
     known = {tuple(r) for r in kept.grid().tolist()}
     return WorldData(world, study_feature(card), rows, torch.tensor([tuple(r) not in known for r in rows.tolist()]), kept)
 
-# %% ../../nbs/81_studies.syntone.ipynb #fcd75cb7
+# %% ../../nbs/81_studies.syntone.ipynb #d08cf2c6
 OBJECTIVES = dict(
     vae=lambda c, n: VAELoss(c.strength, c.faithful),
     annealed=lambda c, n: AnnealedLoss(capacity=c.strength, gamma=100., faithful=c.faithful),
@@ -120,7 +120,7 @@ OBJECTIVES = dict(
     tc=lambda c, n: BetaTCLoss(n, c.strength, faithful=c.faithful),
     dip1=lambda c, n: DIPLoss(c.strength, faithful=c.faithful),
     dip2=lambda c, n: DIPLoss(c.strength, second=True, faithful=c.faithful),
-    hf=lambda c, n: HFLoss(n, (3, 2, c.latent - 5), c.strength, faithful=c.faithful),
+    hf=lambda c, n: HFLoss(n, (3, c.latent - 4, 1), c.strength, faithful=c.faithful),
     ada=lambda c, n: AdaLoss(c.strength, faithful=c.faithful))
 
 def study_model(card:SynToneCard, # Settings
@@ -132,7 +132,7 @@ def study_model(card:SynToneCard, # Settings
     if card.noise is not None: model.x_logvar.data.fill_(math.log(card.noise)), model.x_logvar.requires_grad_(False)
     return model
 
-# %% ../../nbs/81_studies.syntone.ipynb #f4b09560
+# %% ../../nbs/81_studies.syntone.ipynb #eb1fc25f
 def study_learner(card:SynToneCard, # Settings
                   data:WorldData,   # Its clips
                   device='cpu',     # Where to train
@@ -143,7 +143,7 @@ def study_learner(card:SynToneCard, # Settings
     seed_everything(card.seed)
     train, valid = data.rows[~data.held], data.rows[data.held]
     if card.method == 'ada': train = torch.stack(data.train_world.pairs(len(train)//2, make_generator(card.seed, 'pairs')), 1)
-    bs = card.bs*(2 if card.faithful and card.method == 'factor' else 1)
+    bs = card.bs*2 if card.faithful and card.method == 'factor' else card.bs//2 if card.method == 'ada' else card.bs
     dls = world_dls(data.world, data.feature, train, valid, bs, card.live, card.seed, device)
     model = study_model(card, data.feature.shape(data.world.n_samples))
     loss = OBJECTIVES[card.method](card, len(train))
@@ -156,11 +156,12 @@ def train_study(card:SynToneCard,  # Settings
                 cbs=()):           # More callbacks, e.g. `Checkpoint`
     "Train a card; returns the finished system, its data and the Learner."
     device, data = pick_device(device), data or study_data(card)
+    data.feature.to(device)
     learn = study_learner(card, data, device, cbs)
     began, epochs = time.time(), card.epochs*(2 if card.faithful and card.method == 'factor' else 1)
     learn.fit_one_cycle(epochs, card.lr) if card.one_cycle else learn.fit(epochs, card.lr)
     notes = dict(study='syntone', settings=card.to_dict(), seconds=round(time.time() - began, 1), provenance=provenance(device))
-    return Disentangler(data.feature, learn.model.cpu(), {}, notes), data, learn
+    return Disentangler(data.feature.cpu(), learn.model.cpu(), {}, notes), data, learn
 
 # %% ../../nbs/81_studies.syntone.ipynb #91404508
 @torch.no_grad()

@@ -170,7 +170,7 @@ def bf16_support(
     has = [f for f in ('avx512_bf16', 'amx_bf16') if f in flags] or (['bf16'] if ' bf16' in flags and 'asimd' in flags else [])
     return bool(has), ', '.join(has) or 'the processor names no bf16 instructions'
 
-# %% ../../nbs/51_training.learner.ipynb #499771c6
+# %% ../../nbs/51_training.learner.ipynb #7f0cf644
 class Bf16(Callback):
     "Convolutions and products of the training pass in bfloat16; losses, statistics and evaluation in float32."
     order, run_valid = 90, False
@@ -185,13 +185,17 @@ class Bf16(Callback):
         why = f"bf16 is not native on this {self.device_type} ({found}) and would be slower than float32"
         if not ok and self.strict: raise ValueError(f"{why}. Train in float32")
         if not ok: warnings.warn(f"{why}; training stays in float32")
+        self._heads(ok)
 
     def before_batch(self):
         self.context = torch.autocast(self.device_type, dtype=torch.bfloat16)
         self.context.__enter__()
     def after_pred(self): self._leave()
     def after_cancel_batch(self): self._leave()
-    def after_fit(self): self._leave()
+    def after_fit(self): self._leave(), self._heads(False)
+    def _heads(self, on): # What the objective multiplies itself
+        for m in self.loss_func.modules() if isinstance(self.loss_func, nn.Module) else ():
+            if hasattr(m, 'bf16'): m.bf16 = on
     def _leave(self):
         if getattr(self, 'context', None) is not None: self.context.__exit__(None, None, None)
         self.context = None

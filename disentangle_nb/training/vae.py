@@ -58,7 +58,7 @@ def world_dls(world:FactorWorld,     # Where clips come from
     dl = world_loader(world, feature, train, bs, live, seed, device, shuffle=True, drop_last=len(train) > bs)
     return DataLoaders(dl, world_loader(world, feature, valid, bs, False, seed + 1, device), device=dl.device)
 
-# %% ../../nbs/52a_training.vae.ipynb #5214211d
+# %% ../../nbs/52a_training.vae.ipynb #f7656e9f
 class Critic(Callback):
     "Trains the objective's discriminator beside the model, with an optimiser of its own."
     order, run_valid = 42, False
@@ -69,6 +69,10 @@ class Critic(Callback):
 
     def before_fit(self):
         self.own = torch.optim.Adam(self.loss_func.adversary.parameters(), self.lr, self.betas, fused=True)
+
+    def before_train(self): self.model.halves = self.loss_func.faithful
+    def after_train(self): self.model.halves = False
+    def after_cancel_train(self): self.model.halves = False
 
     def before_backward(self):
         loss = self.loss_func.critic(self.pred)
