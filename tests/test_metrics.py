@@ -251,7 +251,7 @@ def test_every_metric_in_one_table():
     assert (t.asks != '').all()
 
 
-@pytest.mark.parametrize('name', [m for m in S.METRICS if m not in ('dci', 'dci_es')])
+@pytest.mark.parametrize('name', [m for m in S.CONVENTIONS['disentanglement_lib'] if m != 'dci'])
 def test_library_convention_runs(name):
     z, v = S.sanity_cases(400)['noisy']
     assert math.isfinite(S.score(z, v, name, 'disentanglement_lib', settings=SMALL).value)

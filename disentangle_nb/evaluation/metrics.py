@@ -8,12 +8,12 @@ __all__ = ['Items', 'read_items', 'to_bins', 'factor_levels', 'count_tables', 'e
            'jemmig', 'dcimig', 'modularity', 'variance_share', 'svm_line', 'svm_share', 'sap', 'irs', 'draw_alike',
            'factor_vae_score', 'fit_logistic', 'beta_vae_score']
 
-# %% ../../nbs/60_evaluation.metrics.ipynb #1aa6f4fc
-import difflib, math
+# %% ../../nbs/60_evaluation.metrics.ipynb #8043aa6e
+import difflib, math, warnings
 import numpy as np
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-# %% ../../nbs/60_evaluation.metrics.ipynb #bc5ba672
+# %% ../../nbs/60_evaluation.metrics.ipynb #22bb4596
 @dataclass(frozen=True)
 class Items:
     "Codes and factors that went through the door: see `read_items`."
@@ -24,10 +24,15 @@ class Items:
     kinds:tuple         # 'nominal', 'ordinal' or 'continuous', one a factor
     constant:tuple=()   # Names of factors with a single level, left out
 
+    @property
+    def missing(self): # -> dict
+        "How many labels are missing, by factor; only those that lack some."
+        return {k: int(m) for k, m in zip(self.names, (self.index < 0).sum(0)) if m}
+
     def take(self, rows, labels=None):
         "The codes of `rows` with their own labels, or with those of the rows `labels`."
         labels = rows if labels is None else labels
-        return Items(self.codes[rows], self.values[labels], self.index[labels], self.names, self.kinds, self.constant)
+        return replace(self, codes=self.codes[rows], values=self.values[labels], index=self.index[labels])
 
     def swap(self):
         "Codes in the place of factors and factors in the place of codes, all of them numbers: the published mistake."
@@ -35,7 +40,7 @@ class Items:
         names = tuple(f'code {i}' for i in range(self.codes.shape[1]))
         return read_items(self.values, dict(zip(names, self.codes.T)), kinds='continuous')
 
-# %% ../../nbs/60_evaluation.metrics.ipynb #1e7f10b1
+# %% ../../nbs/60_evaluation.metrics.ipynb #70ee907a
 def _index(v):
     "Level numbers of `v` from 0, -1 where NaN; whole numbers of a small range are counted instead of sorted."
     known = ~np.isnan(v); out = np.full(len(v), -1); x = v[known]
@@ -45,15 +50,21 @@ def _index(v):
     else: out[known] = (np.cumsum(np.bincount(i) > 0) - 1)[i]
     return out
 
+def _mark(name, v, missing):
+    "NaN for what marks a missing label; below the usual mark, it may be a value after all."
+    if missing == -1 and (v < -1).any():
+        warnings.warn(f"factor {name!r} reaches down to {np.nanmin(v):g}, and -1 counts as a missing label; pass missing=None if it is a value", stacklevel=2)
+    v[v == missing] = np.nan
+
 def _column(name, x, kind, missing):
     "Numbers, level numbers and kind of one factor."
     import pandas as pd
     if not isinstance(x, np.ndarray) or x.dtype.kind not in 'iufb': x = pd.Series(x)
     if x.dtype.kind in 'iuf':                                       # pandas' own integers, with their own NA, too
         v = np.array(x, float) if isinstance(x, np.ndarray) else x.to_numpy(float, na_value=np.nan, copy=True)
-        endless = np.isinf(v).sum()
-        if endless: raise ValueError(f"factor {name!r} is infinite in {endless} items; mark them as missing (NaN)")
-        if x.dtype.kind in 'iu' and missing is not None: v[v == missing] = np.nan
+        endless = (np.abs(v) > 1e100).sum()
+        if endless: raise ValueError(f"factor {name!r} is infinite or beyond 1e100 in {endless} items; mark them as missing (NaN)")
+        if x.dtype.kind in 'iu' and missing is not None: _mark(name, v, missing)
         i = _index(v)
         return v, i, kind or ('ordinal' if x.dtype.kind in 'iu' or i.max() < 20 else 'continuous')
     if getattr(x.dtype, 'ordered', False): i, levels, kind = x.cat.codes, x.cat.categories, kind or 'ordinal'
@@ -66,16 +77,28 @@ def _column(name, x, kind, missing):
     i = _index(np.where(np.asarray(i) < 0, np.nan, i))              # no level without an item
     return np.where(i < 0, np.nan, i), i, kind or 'nominal'
 
-# %% ../../nbs/60_evaluation.metrics.ipynb #5a073079
+# %% ../../nbs/60_evaluation.metrics.ipynb #fad6a397
+def _array(x):
+    "A NumPy array of anything; tensors of half precision, which NumPy doesn't know, as doubles."
+    if not hasattr(x, 'detach'): return np.asarray(x)
+    x = x.detach().cpu()
+    return (x.double() if x.is_floating_point() else x).numpy()
+
+def _distinct(names):
+    "Raise if two factors have one name."
+    names = [str(n) for n in names]; twice = sorted({n for n in names if names.count(n) > 1})
+    if twice: raise ValueError(f"factor names must differ; {twice} come more than once in {names}")
+
 def _columns(factors, names):
     "Factors as `{name: column}`; `names` selects from a table and names the columns of an array."
+    if isinstance(names, str): names = [names]
     if isinstance(factors, dict) or hasattr(factors, 'columns'):
-        have = list(factors.keys())
+        have = list(factors.keys()); _distinct(names or have); _distinct([n for n in have if n in (names or have)])
         for name in names or ():
             if name not in have: raise ValueError(f"no factor {name!r} in the table; it has {have}"
                 + ''.join(f". Did you mean {m!r}?" for m in difflib.get_close_matches(str(name), map(str, have), 1)))
         return {str(name): factors[name] for name in (names or have)}
-    x = factors.detach().cpu().numpy() if hasattr(factors, 'detach') else np.asarray(factors)
+    x = _array(factors); _distinct(names or ())
     if x.ndim == 1: x = x[:, None]
     if x.ndim != 2: raise ValueError(f"factors have shape {x.shape}; expected (n, k), or a table with one column a factor")
     if names and len(names) != x.shape[1]:
@@ -84,15 +107,20 @@ def _columns(factors, names):
 
 def _codes(codes):
     "Codes as finite float64 `(n, d)`."
-    z = codes.detach().cpu().numpy() if hasattr(codes, 'detach') else np.asarray(codes)
+    z = _array(codes)
     if z.dtype.kind not in 'iufb': raise ValueError(f"codes are of dtype {z.dtype}; expected numbers of shape (n, d)")
     z = (z[:, None] if z.ndim == 1 else z).astype(float)
     if z.ndim != 2 or z.size == 0: raise ValueError(f"codes have shape {z.shape}; expected (n, d), neither of them 0")
     bad = ~np.isfinite(z); items, columns = bad.any(1).sum(), np.flatnonzero(bad.any(0)).tolist()
     if items: raise ValueError(f"codes are NaN or infinite in {items} items, columns {columns}; mend the model or leave these items out")
+    if np.abs(z).max() > 1e100: raise ValueError(f"codes reach {np.abs(z).max():.3g}, and squares of numbers beyond 1e100 overflow; scale the codes first")
     return z
 
-# %% ../../nbs/60_evaluation.metrics.ipynb #be25630a
+def _moves(z): # (n, d) -> (d,)
+    "Which codes vary by more than their last digits."
+    return z.std(0) > 1e-12*np.abs(z).max(0)
+
+# %% ../../nbs/60_evaluation.metrics.ipynb #32dc39c1
 def _kinds(kinds, cols):
     "Kinds by name."
     if kinds is None or isinstance(kinds, str): kinds = [kinds]*len(cols)
@@ -102,12 +130,14 @@ def _kinds(kinds, cols):
     for k, kind in kinds.items():
         if k not in cols: raise ValueError(f"a kind is given for {k!r}, which is not among the factors {list(cols)}")
         if kind not in (None, 'nominal', 'ordinal', 'continuous'):
-            raise ValueError(f"factor {k!r} can't be {kind!r}; choose nominal, ordinal or continuous")
+            raise ValueError(f"factor {k!r} can't be {kind!r}; choose nominal, ordinal or continuous"
+                + ' (an angle is two continuous factors, its cosine and its sine)'*(kind == 'circular'))
     return kinds
 
-def _once(codes, factors):
-    "`codes`, if factors are not given a second time."
-    if factors is not None: raise ValueError(f"factors are given, and {type(codes).__name__} holds some already; leave them out")
+def _once(codes, factors, **given):
+    "`codes`, if what they hold already is not given a second time: keyword -> (value, default)."
+    given = [k for k, (x, usual) in dict(given, factors=(factors, None)).items() if x is not usual and not (np.isscalar(x) and x == usual)]
+    if given: raise ValueError(f"{', '.join(given)} given, and {type(codes).__name__} holds some already; leave them out, or start from arrays")
     return codes
 
 def read_items(codes,          # Codes `(n, d)`, or `Items`, which pass unchanged
@@ -117,7 +147,7 @@ def read_items(codes,          # Codes `(n, d)`, or `Items`, which pass unchange
                missing=-1,     # Value that marks a missing label in integer columns; None for no such value
               )->Items:        # What every metric works on
     "Check codes and factors, and sort out kinds, missing labels and constant factors."
-    if isinstance(codes, Items): return _once(codes, factors)
+    if isinstance(codes, Items): return _once(codes, factors, names=(names, None), kinds=(kinds, None), missing=(missing, -1))
     if factors is None: raise ValueError('factors are missing: metrics compare codes (n, d) with factors (n, k)')
     z, cols = _codes(codes), _columns(factors, names)
     kinds = _kinds(kinds, cols)
@@ -130,7 +160,7 @@ def read_items(codes,          # Codes `(n, d)`, or `Items`, which pass unchange
     v, i, kind = zip(*read.values())
     return Items(z, np.stack(v, 1), np.stack(i, 1), tuple(read), kind, constant)
 
-# %% ../../nbs/60_evaluation.metrics.ipynb #16f5bbe6
+# %% ../../nbs/60_evaluation.metrics.ipynb #ea90e790
 def to_bins(x,                  # Columns `(n, d)`
             bins:int=20,        # Bins
             how:str='width',    # 'width' for equal width, 'count' for equally many items
@@ -141,8 +171,8 @@ def to_bins(x,                  # Columns `(n, d)`
     if how == 'count':
         q = np.quantile(x, np.arange(1, bins)/bins, axis=0)
         return np.stack([np.searchsorted(e, c, side='right') for e, c in zip(q.T, x.T)], 1)
-    lo, hi = x.min(0), x.max(0); edges = np.linspace(lo, np.where(hi > lo, hi, lo + 1), bins + 1)
-    i = np.minimum((x - lo)*(bins/(edges[-1] - lo)), bins - 1).astype(np.int64)
+    lo, hi = x.min(0), x.max(0); flat = hi - lo <= 1e-12*np.maximum(np.abs(lo), np.abs(hi)); top = np.where(flat, lo + np.maximum(np.abs(lo), 1), hi)
+    edges, i = np.linspace(lo, top, bins + 1), np.minimum((x - lo)/(top - lo)*bins, bins - 1).astype(np.int64)
     cols = np.arange(x.shape[1])                                    # arithmetic may miss an edge by its last digit
     i -= (x < edges[i, cols]); i += (x >= edges[i + 1, cols]) & (i < bins - 1)
     return i
@@ -204,7 +234,7 @@ class Information:
         h = self.hv[..., :, None] if norm == 'factor' else self.hz[..., None, :]
         return np.divide(self.mi, h, out=np.zeros_like(self.mi), where=np.broadcast_to(h, self.mi.shape) > 1e-12)
 
-# %% ../../nbs/60_evaluation.metrics.ipynb #13380327
+# %% ../../nbs/60_evaluation.metrics.ipynb #36add32e
 def measure(tables:list,         # Counts of `count_tables`, the last one for a factor with a single level
             items:Items,         # What was counted
             bins:int=20,         # Bins of the codes
@@ -214,7 +244,7 @@ def measure(tables:list,         # Counts of `count_tables`, the last one for a 
     joint = np.stack([entropy(t.reshape(*t.shape[:2], -1), correct) for t in tables], 1)       # (r, k + 1, d)
     hz = np.stack([entropy(t.sum(-1), correct) for t in tables], 1)                            # over the items that count
     hv = np.stack([entropy(t[:, 0].sum(1), correct) for t in tables], 1)
-    mi = np.maximum(hz + hv[..., None] - joint, 0)
+    mi = hz + hv[..., None] - joint; mi = np.where(mi < 1e-12*np.maximum(1, hv[..., None]), 0, mi)  # round-off is no information
     return Information(mi[:, :-1], joint[:, :-1], hv[:, :-1], hz[:, -1], items, bins)
 
 def binned(items, bins=20, how='width', coarse='auto'):
@@ -229,7 +259,8 @@ def information(codes,               # Codes `(n, d)`, `Items`, or `Information`
                 correct:bool=False,  # Miller and Madow's correction
                 **door):             # Passed to `read_items`
     "What every code tells of every factor, from binned counts."
-    if isinstance(codes, Information): return _once(codes, factors)
+    if isinstance(codes, Information):
+        return _once(codes, factors, bins=(bins, 20), how=(how, 'width'), coarse=(coarse, 'auto'), correct=(correct, False), **{k: (x, None) for k, x in door.items()})
     items = read_items(codes, factors, **door); z, v = binned(items, bins, how, coarse)
     one = measure(count_tables(z, v, bins), items, bins, correct)
     return Information(one.mi[0], one.joint[0], one.hv[0], one.hz[0], items, bins)
@@ -268,7 +299,7 @@ def completeness(R,                  # Importance `(k, d)`
     w = R.sum(1); c = np.where(w > 0, 1 - _spread(R, 1), 0)
     return 0. if w.sum() == 0 else float((c*w).sum()/w.sum() if weighted else c.mean())
 
-# %% ../../nbs/60_evaluation.metrics.ipynb #14c01f84
+# %% ../../nbs/60_evaluation.metrics.ipynb #e8e6ef4f
 @dataclass(frozen=True)
 class Score:
     "One score, and what it is made of."
@@ -278,18 +309,22 @@ class Score:
     codes:np.ndarray=None                      # By code `(d,)`, where it is made of codes
     relation:np.ndarray=None                   # The relation matrix `(k, d)` behind it
     reason:str=''                              # Why it is NaN, or what was left out
+    more:dict=field(default_factory=dict)      # Further numbers, which are no scores of their own
     def __float__(self): return float(self.value)
 
 def _score(items, value, factors=None, reason='', **kw):
     "A `Score` with names, and with what the door left out."
-    left = [f"{list(items.constant)} left out: one level"]*bool(items.constant)
+    left = [f"{list(items.constant)} left out: one level"]*bool(items.constant) + [f"labels missing: {items.missing}"]*bool(items.missing)
     named = {} if factors is None or np.ndim(factors) > 1 else dict(zip(items.names, np.asarray(factors).tolist()))
     if named: named.update(dict.fromkeys(items.constant, math.nan))
     if np.ndim(value) == 0: value = float(value)
     if 'parts' in kw: kw['parts'] = {k: float(v) for k, v in kw['parts'].items()}
     return Score(value, factors=named, reason='; '.join(left + [reason]*bool(reason)), **kw)
 
-# %% ../../nbs/60_evaluation.metrics.ipynb #cd2f0090
+# %% ../../nbs/60_evaluation.metrics.ipynb #9feb6708
+def _pair(info): return 1. if info.mi.shape[-2] > 1 else math.nan   # what asks for a second factor is NaN without one
+def _alone(name, info): return f'{name} needs two factors'*(info.mi.shape[-2] < 2)
+
 def mig(codes,              # Codes `(n, d)`, `Items` or `Information`
         factors=None,       # Factors, see `read_items`
         norm:str='factor',  # Whose entropy is 1: 'factor' or 'code'
@@ -303,10 +338,11 @@ def mig_sup(codes,              # Codes `(n, d)`, `Items` or `Information`
             factors=None,       # Factors, see `read_items`
             norm:str='factor',  # Whose entropy is 1: 'factor' or 'code'
             **kw                # Passed to `information`
-           )->Score:            # 0 to 1
+           )->Score:            # 0 to 1, over the active codes in `more['active']`; NaN with a single factor
     "MIG-sup: does each code tell one factor, and no second one?"
-    info = information(codes, factors, **kw); R = info.share(norm); gaps = gap(R, 'factors')
-    return _score(info.items, gaps.mean(-1), codes=gaps, relation=R)
+    info = information(codes, factors, **kw); R = info.share(norm); gaps = gap(R, 'factors')*_pair(info)
+    active = R.max(-2) > 0; used = np.where(active, gaps, 0).sum(-1)/np.maximum(active.sum(-1), 1)
+    return _score(info.items, gaps.mean(-1), codes=gaps, relation=R, reason=_alone('MIG-sup', info), more=dict(active=used))
 
 # %% ../../nbs/60_evaluation.metrics.ipynb #d55a4ef9
 def jemmig(codes,         # Codes `(n, d)`, `Items` or `Information`
@@ -320,16 +356,16 @@ def jemmig(codes,         # Codes `(n, d)`, `Items` or `Information`
     each = 1 - (joint - gap(info.mi))/(info.hv + math.log(info.bins))
     return _score(info.items, each.mean(-1), each, relation=info.mi)
 
-# %% ../../nbs/60_evaluation.metrics.ipynb #198a936f
+# %% ../../nbs/60_evaluation.metrics.ipynb #abffc238
 def dcimig(codes,         # Codes `(n, d)`, `Items` or `Information`
            factors=None,  # Factors, see `read_items`
            **kw           # Passed to `information`
-          )->Score:       # 0 to 1
+          )->Score:       # 0 to 1; NaN with a single factor
     "How much of the factors is told by codes that tell little else."
     info = information(codes, factors, **kw); mi = info.mi
     mine = mi.argmax(-2)[..., None, :] == np.arange(mi.shape[-2])[:, None]      # (k, d): each code to its best factor
-    best = np.where(mine, gap(mi, 'factors')[..., None, :], 0).max(-1)
-    return _score(info.items, best.sum(-1)/info.hv.sum(-1), best/np.maximum(info.hv, 1e-12), relation=mi)
+    best = np.where(mine, gap(mi, 'factors')[..., None, :], 0).max(-1)*_pair(info)
+    return _score(info.items, best.sum(-1)/info.hv.sum(-1), best/np.maximum(info.hv, 1e-12), relation=mi, reason=_alone('DCIMIG', info))
 
 def modularity(codes,         # Codes `(n, d)`, `Items` or `Information`
                factors=None,  # Factors, see `read_items`
@@ -337,10 +373,9 @@ def modularity(codes,         # Codes `(n, d)`, `Items` or `Information`
               )->Score:       # 0 to 1; NaN with a single factor
     "How small all other factors are in each code, next to its best one."
     info = information(codes, factors, **kw); each = modularity_ratio(info.mi)
-    why = 'modularity needs two factors'*(info.mi.shape[-2] < 2)
-    return _score(info.items, each.mean(-1), codes=each, relation=info.mi, reason=why)
+    return _score(info.items, each.mean(-1), codes=each, relation=info.mi, reason=_alone('modularity', info))
 
-# %% ../../nbs/60_evaluation.metrics.ipynb #be6012e7
+# %% ../../nbs/60_evaluation.metrics.ipynb #7e4f0ddd
 def variance_share(items:Items,    # Codes and factors
                    by:str='auto',  # 'r2': all factors are numbers; 'auto': the correlation ratio for nominal ones
                   )->np.ndarray:   # 0 to 1, `(k, d)`
@@ -351,8 +386,8 @@ def variance_share(items:Items,    # Codes and factors
     part = (y.T @ z/n)**2/np.maximum((y**2).sum(0)[:, None]/n, 1e-300)
     for j in [j for j, kind in enumerate(items.kinds) if kind == 'nominal' and by == 'auto']:
         i = items.index[known[:, j], j]; one = np.eye(i.max() + 1)[i]
-        part[j] = ((one.T @ z[known[:, j]])**2/one.sum(0)[:, None]).sum(0)/n[j] - mean[j]**2
-    live = var > 1e-12*np.maximum(1, np.abs(items.codes).max(0)**2)
+        part[j] = ((one.T @ z[known[:, j]])**2/np.maximum(one.sum(0), 1)[:, None]).sum(0)/n[j] - mean[j]**2     # a level may have no item
+    live = (var > 0) & _moves(items.codes)
     return np.clip(np.where(live, part/np.where(live, var, 1), 0), 0, 1)
 
 # %% ../../nbs/60_evaluation.metrics.ipynb #9fd88688
@@ -390,7 +425,7 @@ def svm_line(x,              # Sorted code of all items `(n,)`
         loss, gw, gb, hh, hk, hc = new
     return w, b
 
-# %% ../../nbs/60_evaluation.metrics.ipynb #268032ca
+# %% ../../nbs/60_evaluation.metrics.ipynb #4e6a16d3
 def _split(n, test, seed):
     "Rows to learn from and rows to be asked about."
     if not 0 < test < 1: raise ValueError(f"test is the share of held-out items, between 0 and 1; got {test}")
@@ -405,7 +440,7 @@ def _svm_accuracy(z, y, zt, yt, C):
         order = np.lexsort((x, y)); parts = np.split(x[order], np.cumsum(np.bincount(y, minlength=k))[:-1])
         xs = np.sort(x); Sx = _sums(xs)
         W = np.array([svm_line(xs, part, C, C*wt, Sx) for part, wt in zip(parts, weight)])
-        out.append(((xt[:, None]*W[:, 0] + W[:, 1]).argmax(1) == yt).mean() if x.std() > 1e-12 else 0.)
+        out.append(((xt[:, None]*W[:, 0] + W[:, 1]).argmax(1) == yt).mean())
     return np.array(out)
 
 def svm_share(items, bins=20, coarse='auto', C=.01, test=1/3, seed=0):
@@ -415,7 +450,7 @@ def svm_share(items, bins=20, coarse='auto', C=.01, test=1/3, seed=0):
     for j, v in enumerate(levels.T):
         a, b = train[v[train] >= 0], held[v[held] >= 0]
         R[j] = _svm_accuracy(items.codes[a], v[a], items.codes[b], v[b], C)
-    return R
+    return R*_moves(items.codes).any()                              # chance is a score of codes that could have done better
 
 def sap(codes,           # Codes `(n, d)` or `Items`
         factors=None,    # Factors, see `read_items`
@@ -433,7 +468,7 @@ def sap(codes,           # Codes `(n, d)` or `Items`
     R = svm_share(items, bins, coarse, C, test, seed) if by == 'svm' else variance_share(items, by)
     return _score(items, gap(R).mean(), gap(R), relation=R)
 
-# %% ../../nbs/60_evaluation.metrics.ipynb #61d0a396
+# %% ../../nbs/60_evaluation.metrics.ipynb #1d68f17b
 def irs(codes,          # Codes `(n, d)` or `Items`
         factors=None,   # Factors, see `read_items`
         q:float=.99,    # Quantile of the deviations; the paper has 1
@@ -443,16 +478,19 @@ def irs(codes,          # Codes `(n, d)` or `Items`
        )->Score:        # 0 to 1; not 0 for noise
     "How still each code keeps while its factor does and all others move."
     items = read_items(codes, factors, **door); z = items.codes
-    widest = np.abs(z - z.mean(0)).max(0); live = widest > 1e-12*np.maximum(1, np.abs(z).max(0))
-    R = np.zeros((len(items.names), len(live)))
+    widest, live = np.abs(z - z.mean(0)).max(0), _moves(z)
+    R, alone = np.zeros((len(items.names), len(live))), np.zeros(len(items.names), int)
     for j, v in enumerate(factor_levels(items, bins, coarse=coarse).T):
-        groups = [z[v == u] for u in np.unique(v[v >= 0])]
-        moved = np.mean([np.quantile(np.abs(g - g.mean(0)), q, axis=0) for g in groups], axis=0)
-        R[j, live] = 1 - moved[live]/widest[live]
+        groups = [z[v == u] for u in np.unique(v[v >= 0])]; alone[j] = sum(len(g) == 1 for g in groups)
+        moved = [np.quantile(np.abs(g - g.mean(0)), q, axis=0)[live] for g in groups if len(g) > 1]
+        R[j, live] = 1 - np.mean(moved, 0)/widest[live] if moved else np.nan
+    why = '; '.join(f'{a} levels of {n!r} left out: one item each' for n, a in zip(items.names, alone) if a)
     if not live.any(): return _score(items, 0, codes=np.zeros(len(live)), relation=R, reason='every code is constant')
-    return _score(items, np.average(R.max(0), weights=widest*live), codes=R.max(0), relation=R)
+    if np.isnan(R).all(0).any(): return _score(items, math.nan, relation=R, reason='irs needs a level with two items; ' + why)
+    best = np.nanmax(R, 0)
+    return _score(items, np.average(best, weights=widest*live), codes=best, relation=R, reason=why)
 
-# %% ../../nbs/60_evaluation.metrics.ipynb #4115c598
+# %% ../../nbs/60_evaluation.metrics.ipynb #7dcd65a5
 def draw_alike(level,               # Levels `(n,)`, -1 where missing
                votes:int,           # Draws
                L:int,               # Items in each
@@ -466,13 +504,14 @@ def draw_alike(level,               # Levels `(n,)`, -1 where missing
     lev = level[rng.choice(able, votes)][:, None]
     return order[start[lev] + (rng.random((votes, L), np.float32)*count[lev].astype(np.float32)).astype(np.int64)]
 
-def _games(levels, votes, L, rng, chunk=256):
-    "Pieces (factor, rows `(m, L)`) of `votes` draws, the factor of each at random."
+def _games(levels, votes, L, rng, pairs=None, chunk=256):
+    "Pieces (factor, rows `(m, L)`, or `(m, pairs, L)` with a level for each pair) of `votes` draws, the factor of each at random."
     for j, m in enumerate(np.bincount(rng.integers(0, levels.shape[1], votes), minlength=levels.shape[1])):
-        rows = draw_alike(levels[:, j], m, L, rng)
+        rows = draw_alike(levels[:, j], m*(pairs or 1), L, rng)
+        if pairs: rows = rows.reshape(m, pairs, L)
         yield from ((j, rows[i:i + chunk]) for i in range(0, m, chunk))
 
-# %% ../../nbs/60_evaluation.metrics.ipynb #cab46f1d
+# %% ../../nbs/60_evaluation.metrics.ipynb #1e17e3ff
 def _vote_levels(items, bins, coarse, fix):
     "Levels to draw by: of each factor, or of all others together."
     levels = factor_levels(items, bins, coarse=coarse)
@@ -490,12 +529,14 @@ def factor_vae_score(codes,                 # Codes `(n, d)` or `Items`
                      fix:str='one',         # 'one' factor is fixed, or all 'others'
                      bins:int=20,           # Bins of factors with more levels
                      coarse='auto',         # Factors in bins, see `factor_levels`
+                     rescale:bool=False,    # Chance is 0 instead of 1/k
                      seed:int=0,            # Seed of the draws
                      **door                 # Passed to `read_items`
-                    )->Score:               # Accuracy; chance is 1/k
+                    )->Score:               # Accuracy; chance is 1/k. NaN with a single factor
     "How often the code that keeps still gives away the factor that was fixed."
-    items = read_items(codes, factors, **door); z, rng = items.codes, np.random.default_rng(seed)
-    sd = z.std(0, ddof=1); live = np.flatnonzero(sd > max(prune, 1e-12*np.abs(z).max()))
+    items = read_items(codes, factors, **door); z, rng = items.codes, np.random.default_rng(seed); k = len(items.names)
+    if k < 2: return _score(items, math.nan, reason='with one factor there is nothing to guess')
+    sd = z.std(0, ddof=1); live = np.flatnonzero((sd > prune) & _moves(z))
     if len(live) == 0: return _score(items, 0, reason='every code is constant or pruned')
     z, levels = ((z[:, live] - z[:, live].mean(0))/sd[live]).astype(np.float32), _vote_levels(items, bins, coarse, fix)
     def ballot(votes):
@@ -505,7 +546,8 @@ def factor_vae_score(codes,                 # Codes `(n, d)` or `Items`
             np.add.at(tally[j], live[var.argmin(1) if fix == 'one' else var.argmax(1)], 1)
         return tally
     tally, fresh = ballot(votes), ballot(test_votes)
-    return _score(items, fresh[tally.argmax(0), np.arange(fresh.shape[1])].sum()/test_votes, relation=tally)
+    hit = fresh[tally.argmax(0), np.arange(fresh.shape[1])].sum()/test_votes
+    return _score(items, (hit - 1/k)/(1 - 1/k) if rescale else hit, relation=tally)
 
 # %% ../../nbs/60_evaluation.metrics.ipynb #d0618328
 def _curvature(x, P, s, rows=1024):
@@ -540,7 +582,12 @@ def fit_logistic(x,             # Inputs `(n, d)`
         if done: break
     return W
 
-# %% ../../nbs/60_evaluation.metrics.ipynb #a471cd2d
+# %% ../../nbs/60_evaluation.metrics.ipynb #8650b1ff
+def _differences(z, rows): # (m, L, 2) rows of pairs -> (m, d)
+    "Mean size of the difference of `L` pairs."
+    d = z[rows[..., 0]]; d -= z[rows[..., 1]]
+    return np.abs(d, out=d).mean(1)
+
 def beta_vae_score(codes,                # Codes `(n, d)` or `Items`
                    factors=None,         # Factors, see `read_items`
                    L:int=64,             # Pairs averaged for one point
@@ -549,15 +596,17 @@ def beta_vae_score(codes,                # Codes `(n, d)` or `Items`
                    C:float=1.,           # Inverse strength of the classifier's penalty
                    bins:int=20,          # Bins of factors with more levels
                    coarse='auto',        # Factors in bins, see `factor_levels`
+                   rescale:bool=False,   # Chance is 0 instead of 1/k
                    seed:int=0,           # Seed of the draws
                    **door                # Passed to `read_items`
-                  )->Score:              # Accuracy; chance is 1/k
+                  )->Score:              # Accuracy; chance is 1/k. NaN with a single factor
     "How well a linear classifier tells from the mean difference of pairs which factor they share."
     items = read_items(codes, factors, **door); z, rng = items.codes, np.random.default_rng(seed)
     levels = factor_levels(items, bins, coarse=coarse); k = levels.shape[1]
+    if k < 2: return _score(items, math.nan, reason='with one factor there is nothing to guess')
     def draw(n):
-        got = [(j, np.abs(z[r[:, :L]] - z[r[:, L:]]).mean(1)) for j, r in _games(levels, n, 2*L, rng)]
+        got = [(j, _differences(z, r)) for j, r in _games(levels, n, 2, rng, pairs=L)]
         return np.concatenate([x for _, x in got]), np.concatenate([np.full(len(x), j) for j, x in got])
     (x, y), (xt, yt) = draw(points), draw(test_points)
-    guess = (np.c_[xt, np.ones(len(xt))] @ fit_logistic(x, y, k, C)).argmax(1) if k > 1 else yt
-    return _score(items, (guess == yt).mean(), reason='with one factor there is nothing to guess'*(k < 2))
+    hit = ((np.c_[xt, np.ones(len(xt))] @ fit_logistic(x, y, k, C)).argmax(1) == yt).mean()
+    return _score(items, (hit - 1/k)/(1 - 1/k) if rescale else hit)

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['auc', 'explicitness', 'dci', 'knn_information', 'infomec', 'capacity_explicitness', 'shuffle_importance', 'dci_es']
 
-# %% ../../nbs/60a_evaluation.predictors.ipynb #e2ef7e2c
+# %% ../../nbs/60a_evaluation.predictors.ipynb #c686fc6b
 import math
 import numpy as np
-from .metrics import Score, completeness, disentanglement, factor_levels, fit_logistic, information, read_items, _score, _split
+from .metrics import Score, completeness, disentanglement, factor_levels, fit_logistic, entropy, read_items, _moves, _score, _split
 
-# %% ../../nbs/60a_evaluation.predictors.ipynb #cc4913fc
+# %% ../../nbs/60a_evaluation.predictors.ipynb #df1a4efb
 def auc(scores,  # Scores `(n, m)`
         y,       # Levels `(n,)`, from 0
        ):        # One area a level `(m,)`; NaN where a level or its rest is absent
@@ -23,14 +23,21 @@ def auc(scores,  # Scores `(n, m)`
 
 def _standard(x, xt):
     "Codes to learn from and to be asked about, in units of the former's spread."
-    mu, sd = x.mean(0), x.std(0)
-    live = sd > 1e-12*np.maximum(1, np.abs(x).max(0)); sd = np.where(live, sd, 1)
+    mu, live = x.mean(0), _moves(x); sd = np.where(live, x.std(0), 1)
     return (x - mu)/sd*live, (xt - mu)/sd*live
 
 def _unasked(items, each):
-    "Why a mean is NaN: the factors that nobody could be asked about."
+    "Why a mean is NaN: the factors that could not be taught, or that nobody could be asked about."
     names = [n for n, x in zip(items.names, each) if math.isnan(x)]
-    return f'no held-out items of two levels for {names}'*bool(names)
+    return f'too few items to teach or ask two levels of {names}'*bool(names)
+
+def _why(items, R, each):
+    "Why one of D, C and a mean over factors is NaN."
+    return '; '.join(filter(None, ['D needs two factors'*(len(R) < 2), 'C needs two codes'*(R.shape[1] < 2), _unasked(items, each)]))
+
+def _teachable(y): # -> bool
+    "Whether there are two levels to learn."
+    return len(y) > 1 and y.min() < y.max()
 
 def _known(items, levels, j, train, held):
     "Codes and levels of factor `j`, to learn from and to be asked about, where they are known."
@@ -53,14 +60,16 @@ def explicitness(codes,               # Codes `(n, d)` or `Items`
     items = read_items(codes, factors, **door); levels = factor_levels(items, bins, coarse=coarse)
     rows, each = _split(len(levels), test, seed), []
     for j in range(levels.shape[1]):
-        x, y, xt, yt = _known(items, levels, j, *rows); x, xt = _standard(x, xt); m = levels[:, j].max() + 1
-        weight = (len(y)/m/np.maximum(np.bincount(y, minlength=m), 1))[y] if balance else None
+        x, y, xt, yt = _known(items, levels, j, *rows); m = levels[:, j].max() + 1; count = np.bincount(y, minlength=m)
+        if not _teachable(y) or len(yt) == 0: each.append(math.nan); continue
+        x, xt = _standard(x, xt); weight = (len(y)/m/np.maximum(count, 1))[y] if balance else None
         areas = auc(softmax(np.c_[xt, np.ones(len(xt))] @ fit_logistic(x, y, m, C, weight), axis=1), yt)
-        each.append(np.nanmean(areas) if not np.isnan(areas).all() else np.nan)
+        areas[count == 0] = math.nan                                # a level that was never taught can't be told
+        each.append(np.nanmean(areas) if not np.isnan(areas).all() else math.nan)
     each = np.array(each)*(2 if rescale else 1) - (1 if rescale else 0)
     return _score(items, each.mean(), each, reason=_unasked(items, each))
 
-# %% ../../nbs/60a_evaluation.predictors.ipynb #3d7f145a
+# %% ../../nbs/60a_evaluation.predictors.ipynb #9479f27d
 def _gains(model, d):
     "Total gain of each code over all splits of histogram-boosted trees."
     g = np.zeros(d)
@@ -85,24 +94,25 @@ def _trees(predictor, exact, levels, trees, seed):
     return getattr(e, 'HistGradientBoosting' + end)(max_iter=trees, max_depth=3, min_samples_leaf=5, early_stopping=False, random_state=seed)
 
 def _lasso(x, y, xt, yt, levels):
-    "Size of the lasso's slopes on standardised codes, and its held-out R²; levels are one column each."
+    "Size of the lasso's slopes on standardised codes, and its held-out R² over the columns that vary; levels are one column each."
     from sklearn.linear_model import LassoCV
-    x, xt = _standard(x, xt); classes = np.unique(y)
+    x, xt = _standard(x, xt); classes, folds = np.unique(y), min(10, len(y))
     cols = [(y == c, yt == c) for c in classes[:None if len(classes) > 2 else 1]] if levels else [(y, yt)]
     size, r2 = np.zeros(x.shape[1]), []
     for a, b in cols:
         a, b = (a - a.mean())/a.std(), (b - a.mean())/a.std()
-        fit = LassoCV(alphas=[1e-4, 1e-3, .01, .1, .2, .4, .8, 1.], cv=5).fit(x, a)
-        size += np.abs(fit.coef_); r2.append(1 - ((fit.predict(xt) - b)**2).mean()/max(b.var(), 1e-12))
-    return size/len(cols), np.mean(r2)
+        fit = LassoCV(alphas=[1e-4, 1e-3, .01, .1, .2, .4, .8, 1.], cv=folds).fit(x, a); size += np.abs(fit.coef_)
+        if np.ptp(b) > 0: r2.append(1 - ((fit.predict(xt) - b)**2).mean()/b.var())
+    return size/len(cols), np.mean(r2) if r2 else math.nan
 
-# %% ../../nbs/60a_evaluation.predictors.ipynb #75d9e484
+# %% ../../nbs/60a_evaluation.predictors.ipynb #c9572d6c
 def _predict(x, y, xt, yt, levels, predictor, exact, trees, seed):
     "Importance of each code, and held-out accuracy or R²."
     if predictor == 'lasso': return _lasso(x, y, xt, yt, levels)
     model = _trees(predictor, exact, levels, trees, seed).fit(x, y)
     size = model.feature_importances_ if hasattr(model, 'feature_importances_') else _share_copies(_gains(model, x.shape[1]), x)
-    return size/size.sum() if size.sum() > 0 else size, model.score(xt, yt)
+    hit = model.score(xt, yt) if levels or np.ptp(yt) > 0 else math.nan   # R² of a constant is undefined
+    return size/size.sum() if size.sum() > 0 else size, hit
 
 def _targets(items, j, most, lines=False):
     "Factor `j` for a predictor: its target, and whether that is levels (else a number)."
@@ -125,12 +135,11 @@ def dci(codes,                     # Codes `(n, d)` or `Items`
     items = read_items(codes, factors, **door); z, rows = items.codes, _split(len(items.codes), test, seed); R, I = [], []
     for j in range(len(items.names)):
         y, levels = _targets(items, j, most, predictor == 'lasso'); a, b = (r[items.index[r, j] >= 0] for r in rows)
-        able = len(np.unique(y[a])) > 1 and len(b) > 0              # else there is nothing to learn, or nobody to ask
+        able = _teachable(y[a]) and len(b) > 0                      # else there is nothing to learn, or nobody to ask
         size, hit = _predict(z[a], y[a], z[b], y[b], levels, predictor, exact, trees, seed) if able else (np.zeros(z.shape[1]), np.nan)
         R.append(size); I.append(hit)
     R, I = np.array(R), np.array(I); D = disentanglement(R)
-    return _score(items, D, I, parts=dict(D=D, C=completeness(R, weighted), I=I.mean()), relation=R,
-                  reason='; '.join(filter(None, ['D needs two factors'*(len(R) < 2), 'C needs two codes'*(R.shape[1] < 2), _unasked(items, I)])))
+    return _score(items, D, I, parts=dict(D=D, C=completeness(R, weighted), I=I.mean()), relation=R, reason=_why(items, R, I))
 
 # %% ../../nbs/60a_evaluation.predictors.ipynb #eb3b16d1
 def knn_information(x,               # Code `(n,)`
@@ -154,11 +163,12 @@ def knn_information(x,               # Code `(n,)`
     hi -= s[hi - 1] - x > radius; lo += x - s[lo] > radius          # sums round, differences of neighbours don't
     return max(0., float(digamma(len(x)) + (digamma(k[y]) - digamma(count[y]) - digamma(hi - lo)).mean()))
 
-# %% ../../nbs/60a_evaluation.predictors.ipynb #4e7e913c
+# %% ../../nbs/60a_evaluation.predictors.ipynb #ff77b5ac
 def _usable(items, levels, j, C, rows):
     "Share of the entropy of factor `j` that a balanced linear classifier removes."
-    x, y, xt, yt = _known(items, levels, j, *rows); x, xt = _standard(x, xt); m = levels[:, j].max() + 1
-    count = np.bincount(y, minlength=m); weight = (len(y)/(count > 0).sum()/np.maximum(count, 1))[y]
+    x, y, xt, yt = _known(items, levels, j, *rows); m = levels[:, j].max() + 1
+    if not _teachable(y): return math.nan
+    x, xt = _standard(x, xt); count = np.bincount(y, minlength=m); weight = (len(y)/(count > 0).sum()/np.maximum(count, 1))[y]
     seen = count[yt] > 0; xt, yt = xt[seen], yt[seen]               # a level that was never taught can't be told
     if len(yt) == 0: return math.nan
     t = np.c_[xt, np.ones(len(xt))] @ fit_logistic(x, y, m, C, weight)
@@ -186,7 +196,8 @@ def infomec(codes,              # Codes `(n, d)` or `Items`
            )->Score:            # Parts `InfoM`, `InfoE` and `InfoC`; `value` is `InfoM`
     "Modularity, explicitness and compactness in shares of information."
     items = read_items(codes, factors, **door); z, rng = items.codes, np.random.default_rng(seed)
-    levels, h = factor_levels(items, bins, coarse=coarse), information(items, bins=bins, coarse=coarse).hv
+    levels = factor_levels(items, bins, coarse=coarse)
+    h = np.array([max(float(entropy(np.bincount(v[v >= 0]))), 1e-12) for v in levels.T])
     wide = np.ptp(z, axis=0); live = np.flatnonzero((wide > prune*wide.max()) & (wide > 0))
     R = np.zeros((len(h), z.shape[1]))
     for j, y in enumerate(levels.T):
@@ -201,18 +212,18 @@ def infomec(codes,              # Codes `(n, d)` or `Items`
     return _score(items, M, E, parts=dict(InfoM=M, InfoE=E.mean(), InfoC=Cc), relation=R,
                   reason='; '.join(filter(None, [f'{out} codes out of use'*(out > 0), 'InfoM needs two factors'*(len(h) < 2), _unasked(items, E)])))
 
-# %% ../../nbs/60a_evaluation.predictors.ipynb #7447029a
+# %% ../../nbs/60a_evaluation.predictors.ipynb #2449b46b
 def capacity_explicitness(capacity,        # Rising capacities `(c,)`
                           loss,            # Loss of each probe `(c,)`
                           baseline:float,  # Loss of a guess
                          )->float:         # -1 to 1
     "How early along the capacities the loss is as low as it gets."
-    kappa, low = np.asarray(capacity, float), np.minimum.accumulate(np.asarray(loss, float))
+    kappa, low = np.asarray(capacity, float), np.minimum(np.minimum.accumulate(np.asarray(loss, float)), baseline)
     if len(kappa) < 2 or (np.diff(kappa) <= 0).any(): raise ValueError(f"capacities must rise, and there must be two; got {kappa.tolist()}")
     area = (np.diff(kappa)*(low[1:] + low[:-1])/2).sum() - low[-1]*(kappa[-1] - kappa[0])
     return float(1 - 2*area/((kappa[-1] - kappa[0])*baseline))
 
-# %% ../../nbs/60a_evaluation.predictors.ipynb #256b2e4f
+# %% ../../nbs/60a_evaluation.predictors.ipynb #b3c5bb0f
 def _waves(x, y, width, levels, seed, C=100.):
     "A linear fit on `width` random waves of standardised codes; returns a scorer of (codes, targets)."
     rng = np.random.default_rng(seed); mu, sd = x.mean(0), np.maximum(x.std(0), 1e-9)
@@ -222,7 +233,7 @@ def _waves(x, y, width, levels, seed, C=100.):
     W = np.linalg.solve(h.T @ h + np.eye(h.shape[1])/C, h.T @ Y)
     if levels: return lambda x, y: (lift(x) @ W).argmax(1).__eq__(y).mean()
     centre = y.mean()
-    return lambda x, y: 1 - ((lift(x) @ W)[:, 0] + centre - y).var()/max(y.var(), 1e-12)
+    return lambda x, y: 1 - (((lift(x) @ W)[:, 0] + centre - y)**2).mean()/y.var() if np.ptp(y) > 0 else math.nan
 
 def _probe(kind, size, x, y, levels, trees, seed):
     "Fit one probe; returns a scorer of (codes, targets)."
@@ -239,7 +250,7 @@ def shuffle_importance(score, x, y, seed=0, repeats=3):
             other = x.copy(); other[:, d] = rng.permutation(other[:, d]); lost[d] += (full - score(other, y))/repeats
     return np.maximum(lost, 0)
 
-# %% ../../nbs/60a_evaluation.predictors.ipynb #03b9b00c
+# %% ../../nbs/60a_evaluation.predictors.ipynb #a79ed278
 def dci_es(codes,                  # Codes `(n, d)` or `Items`
            factors=None,           # Factors, see `read_items`
            probe:str='forest',     # 'forest' or 'waves'
@@ -257,9 +268,12 @@ def dci_es(codes,                  # Codes `(n, d)` or `Items`
     items = read_items(codes, factors, **door); z, rows = items.codes, _split(len(items.codes), test, seed); E, I, R = [], [], []
     for j in range(len(items.names)):
         y, levels = _targets(items, j, most); a, b = (r[items.index[r, j] >= 0] for r in rows)
+        if not _teachable(y[a]) or len(b) == 0 or not levels and np.ptp(y[b]) == 0:
+            for out, x in zip((E, I, R), (math.nan, math.nan, np.zeros(z.shape[1]))): out.append(x)
+            continue
         fits = [_probe(probe, s, z[a], y[a], levels, trees, seed) for s in sizes]
         hits = [f(z[b], y[b]) for f in fits]; best = int(np.argmax(hits))
         E.append(capacity_explicitness(kappa, 1 - np.array(hits), 1 - 1/(items.index[:, j].max() + 1) if levels else 1.))
         I.append(hits[best]); R.append(shuffle_importance(fits[best], z[b], y[b], seed))
     R, E = np.array(R), np.array(E); parts = dict(E=E.mean(), S=len(R)/R.shape[1], I=np.mean(I))
-    return _score(items, E.mean(), E, parts=dict(parts, D=disentanglement(R), C=completeness(R)), relation=R)
+    return _score(items, E.mean(), E, parts=dict(parts, D=disentanglement(R), C=completeness(R)), relation=R, reason=_why(items, R, E))

@@ -73,7 +73,7 @@ def perfect_code(items, # `Items`
     x = items.values; x = (x - np.nanmean(x, 0))/np.nanstd(x, 0)
     return replace(items, codes=np.where(np.isnan(x), 0, x))
 
-# %% ../../nbs/60b_evaluation.scores.ipynb #80c047e3
+# %% ../../nbs/60b_evaluation.scores.ipynb #e0c5df2b
 METRICS = {f.__name__: f for f in (mig, mig_sup, jemmig, dcimig, modularity, sap, irs, factor_vae_score, beta_vae_score, explicitness, dci,
                                    infomec, dci_es)}
 BINNED = ('mig', 'mig_sup', 'jemmig', 'dcimig', 'modularity')
@@ -85,16 +85,16 @@ _ten, _lib = dict(bins=10, coarse='all'), dict(bins=20, coarse='none')
 _published = {**dict.fromkeys(BINNED, _ten), **dict.fromkeys(('mig', 'mig_sup'), dict(_ten, norm='code')), 'sap': dict(by='r2')}
 CONVENTIONS = dict(
     house={},
-    disentanglement_lib={**dict.fromkeys((*BINNED, 'irs', 'beta_vae_score', 'explicitness', 'infomec'), _lib), 'sap': dict(_lib, by='svm'),
-                         'factor_vae_score': dict(_lib, prune=.05), 'dci': dict(exact=True, most=10**9)},
+    disentanglement_lib={**dict.fromkeys((*BINNED, 'beta_vae_score', 'explicitness'), _lib), 'sap': dict(_lib, by='svm'),
+                         'irs': dict(bins=20, coarse='all'), 'factor_vae_score': dict(_lib, prune=.05), 'dci': dict(exact=True, most=10**9)},
     syntone=_published, syntone_correct=_published)
 
-# %% ../../nbs/60b_evaluation.scores.ipynb #b2c70e60
+# %% ../../nbs/60b_evaluation.scores.ipynb #3ea442d0
 def _settings(name, metric, convention, given, settings):
     "Keywords of one metric: of the convention, then of the whole table, then its own."
     if convention not in CONVENTIONS: raise ValueError(f"no convention {convention!r}; there are {list(CONVENTIONS)}")
-    if name not in CONVENTIONS[convention] and convention.startswith('syntone'):
-        raise ValueError(f"{convention} is defined for {list(_published)}, not for {name!r}")
+    if name not in CONVENTIONS[convention] and convention != 'house':
+        raise ValueError(f"{convention} is defined for {list(CONVENTIONS[convention])}, not for {name!r}")
     takes = inspect.signature(information if name in BINNED else metric).parameters
     given = {k: v for k, v in given.items() if v is not None and k in takes}
     return {**CONVENTIONS[convention].get(name, {}), **given, **(settings or {}).get(name, {})}
@@ -116,9 +116,12 @@ def _metric(m):
     if m not in METRICS: raise ValueError(f"no metric {m!r}; there are {list(METRICS)}, or give a function")
     return METRICS[m]
 
-# %% ../../nbs/60b_evaluation.scores.ipynb #54dd250e
+# %% ../../nbs/60b_evaluation.scores.ipynb #e699ca77
 def _row(name, part, value, draws, null, ceiling, reason, level, few):
     "One line of the table."
+    for kind, x in dict(draws=draws, shuffles=null).items():
+        lost = int(np.isnan(np.asarray(x, float)).sum())
+        if lost and not math.isnan(value): reason = '; '.join(filter(None, [reason, f'{lost} of {len(x)} {kind} without a score']))
     lo, hi = spread(draws, value, level, few); null = np.asarray([x for x in null if not math.isnan(x)], float)
     mid = null.mean() if len(null) else math.nan
     top = spread(null, mid, 2*level - 1, few)[1] if len(null) > 1 else math.nan
@@ -146,7 +149,7 @@ def _learned_rows(f, items, best, kw, refits, seed, level):
     why = '; '.join(filter(None, [one.reason, reason]))
     return [_row(f.__name__, p, x, [d[p] for d in draws], [d[p] for d in null], top[p], why, level, True) for p, x in parts(one).items()]
 
-# %% ../../nbs/60b_evaluation.scores.ipynb #5375da68
+# %% ../../nbs/60b_evaluation.scores.ipynb #fe45eb28
 def _chosen(metrics):
     "Functions for a name, a function, several of them, or 'all'."
     if isinstance(metrics, str) and metrics == 'all': return list(METRICS.values())
@@ -175,7 +178,7 @@ def score_table(codes,                  # Codes `(n, d)` or `Items`
         else: rows += _learned_rows(f, items, best, kw, refits, seed, level)
     table = pd.DataFrame(rows).set_index('metric')
     table.attrs = dict(n=len(items.codes), codes=items.codes.shape[1], factors=list(items.names), kinds=list(items.kinds),
-                       convention=convention, seed=seed)
+                       missing=items.missing, convention=convention, seed=seed)
     return table
 
 # %% ../../nbs/60b_evaluation.scores.ipynb #ccc46bfc
