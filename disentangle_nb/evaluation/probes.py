@@ -78,17 +78,29 @@ def linear_probe(ztr,        # Codes to learn from, shape `(b, d)`
     ztr, zte = (torch.as_tensor(z).detach().cpu().flatten(1).double() for z in (ztr, zte))
     return _score((fit_linear(ztr, ytr, len(classes), C)(zte).argmax(1) == yte).numpy(), seed=seed, groups=groups)
 
-# %% ../../nbs/61_evaluation.probes.ipynb #22dda2ab
+# %% ../../nbs/61_evaluation.probes.ipynb #e7ee4098
+def _pairs(z, y, what):
+    "Codes `(b, d)` and one number each, as finite doubles."
+    z = torch.as_tensor(z).detach().cpu(); shapes = tuple(z.shape), tuple(np.shape(y)); y = torch.as_tensor(y).detach().cpu().double().flatten()
+    if z.ndim < 1 or len(z) != len(y) or len(y) == 0:
+        raise ValueError(f"codes {what} have shape {shapes[0]} and values {shapes[1]}; expected (b, d) and (b,), b not 0")
+    z = z.reshape(len(z), -1).double()
+    for name, x in dict(codes=z, values=y).items():
+        if bad := int((~x.isfinite()).sum()): raise ValueError(f"{name} {what} hold {bad} numbers that are NaN or infinite; leave these items out")
+    return z, y
+
 def linear_r2(ztr, # Codes to learn from, shape `(b, d)`
               ytr, # Their values, shape `(b,)`
               zte, # Codes to be asked about, shape `(m, d)`
               yte, # Their values, shape `(m,)`
-             )->float: # R2, at most 1
+             )->float: # R2, at most 1; NaN where the held-out values don't differ
     "How well a linear reading of the codes foretells a number on held-out items."
-    one = lambda z: F.pad(torch.as_tensor(z).detach().cpu().flatten(1).double(), (0, 1), value=1.)
-    ytr, yte = (torch.as_tensor(y).double() for y in (ytr, yte))
+    (ztr, ytr), (zte, yte) = _pairs(ztr, ytr, 'to learn from'), _pairs(zte, yte, 'to be asked about')
+    if ztr.shape[1] != zte.shape[1]: raise ValueError(f"codes to learn from have {ztr.shape[1]} dimensions, those to be asked about {zte.shape[1]}")
+    one, spread = lambda z: F.pad(z, (0, 1), value=1.), (yte - yte.mean()).square().sum()
+    if yte.max() - yte.min() <= 1e-12*yte.abs().max(): return math.nan
     off = yte - (one(zte) @ torch.linalg.lstsq(one(ztr), ytr[:, None], driver='gelsd').solution)[:, 0]
-    return float(1 - off.square().sum()/(yte - yte.mean()).square().sum())
+    return float(1 - off.square().sum()/spread)
 
 # %% ../../nbs/61_evaluation.probes.ipynb #618c60ba
 def mlp_probe(ztr,             # Codes to learn from, shape `(b, d)`
