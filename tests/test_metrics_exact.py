@@ -154,7 +154,7 @@ def test_untaught_levels_are_not_asked():
 @pytest.mark.parametrize('name', ['mig_sup', 'dcimig', 'modularity', 'factor_vae_score', 'beta_vae_score'])
 def test_one_factor_is_no_contest(name):
     v, z, _ = drawn(); s = S.METRICS[name](z, v[:, 0], **SMALL.get(name, {})); assert math.isnan(s.value) and 'factor' in s.reason
-    t = S.score_table(z, v[:, 0], name, settings=SMALL if name in SMALL else None, refits=2, n_boot=5, n_null=5); assert math.isnan(t.value.iloc[0]) and t.reason.iloc[0]
+    t = S.score_table(z, v[:, 0], name, settings={k: x for k, x in SMALL.items() if k == name}, refits=2, n_boot=5, n_null=5); assert math.isnan(t.value.iloc[0]) and t.reason.iloc[0]
 
 
 def test_mean_over_active_codes():
@@ -202,3 +202,66 @@ def test_draws_without_a_score_are_named():
     assert 'without a score' in t.reason.iloc[0] or 'too few' in t.reason.iloc[0]
 
 
+
+
+# --- closed forms and the table ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('name', S.EXACT)
+def test_closed_forms_on_the_grid(name):
+    for n in (400, 1200):
+        t = S.check_metric(name, n=n, strict=False); t = t[t.case.str.startswith('grid')]
+        assert len(t) == 9 and t.ok.all() and (t.tolerance == 1e-6).all()
+
+
+def test_another_norm_is_another_score():
+    with pytest.raises(AssertionError, match='grid, packed'): S.check_metric('mig', norm='code')
+    with pytest.raises(AssertionError, match='grid'): S.check_metric('mig_sup', bins=10)
+
+
+def test_settings_that_nobody_reads_are_refused():
+    v, z, _ = drawn(100)
+    for settings in (dict(dci=dict(trees=5)), dict(mgi=dict(norm='code')), dict(mig=dict(nrom='code')), dict(sap=dict(by='svm', c=1))):
+        with pytest.raises(ValueError, match='settings? '): S.score_table(z, v, ('mig', 'sap'), settings=settings)
+    for name in ('infomec', 'dci_es'):
+        with pytest.raises(ValueError, match='is defined for'): S.score(z, v, name, 'disentanglement_lib')
+
+
+def test_table_says_what_it_is_made_of():
+    v, z, w = drawn(300); t = S.score_table(z + .3*w, v, ('mig', 'irs', 'sap', 'explicitness'), references=dict(noise=w, untrained=z @ w[:3]), bins=10, code_type='drawn')
+    assert t.interval.tolist() == ['200 draws', '200 halves', '200 halves', '10 halves, Student'] and t.shuffles.tolist() == [200, 100, 100, 10]
+    a = t.attrs; assert (a['n_boot'], a['n_null'], a['refits'], a['code_type'], a['settings']['mig']) == (200, 200, 10, 'drawn', dict(bins=10))
+    assert a['versions']['numpy'] == np.__version__ and set(a['versions']) == {'numpy', 'scikit-learn'}
+    assert t.noise['mig'] == M.mig(w, v, bins=10).value and (t.noise < t.value).all() and np.isfinite(t.untrained).all()
+    assert S.score_table(z, v, n_boot=3, n_null=4, refits=2).index.tolist() == [*S.QUICK, 'explicitness']
+    for bad, words in ((dict(noise=w[1:]), 'encode the same items'), (dict(value=w), 'column of the table')):
+        with pytest.raises(ValueError, match=words): S.score_table(z, v, 'mig', references=bad)
+
+
+def test_halves_of_quick_metrics_cover_new_data():
+    def data(g): v = g.integers(0, 5, (400, 2)); return v + g.normal(size=(400, 2)), v
+    truth = np.std([M.irs(*data(np.random.default_rng(s))).value for s in range(150)])
+    rows = [S.score_table(*data(np.random.default_rng(1000 + s)), 'irs', n_boot=60, n_null=0).iloc[0] for s in range(20)]
+    assert np.mean([(r.hi - r.lo)/2/1.96 for r in rows]) == pytest.approx(truth, rel=.4)    # extremes: halves are coarse
+
+
+def test_divergences_of_another_shape():
+    _, z, w = drawn(100)
+    for kl in ([np.ones(3)], [np.ones(3), np.ones(2)], [np.ones((100, 3))]*2, [np.ones(3), np.full(3, np.nan)]):
+        with pytest.raises(ValueError, match='divergences'): S.udr([z, w], kl)
+
+
+# --- information ------------------------------------------------------------------------------------------------------
+
+def test_information_is_symmetric_and_bounded():
+    g = np.random.default_rng(0); a = g.integers(0, 6, 500); b = (a + g.integers(0, 3, 500)) % 8; I = lambda x, y: M.information(x, y, bins=10, coarse='all').mi.item()
+    H = lambda x: float(M.entropy(np.bincount(x)))
+    assert I(a, b) == pytest.approx(I(b, a), abs=1e-12) and 0 < I(a, b) <= min(H(a), H(b))
+    assert I(a, a) == pytest.approx(H(a), abs=1e-12) and I(b, 3*b) == pytest.approx(H(b), abs=1e-12) and I(0*a + .1, b) == 0
+
+
+@pytest.mark.parametrize('name', S.BINNED)
+def test_monotone_maps_change_nothing_that_is_counted_in_equal_bins(name):
+    v, z, w = drawn(); z = z + .2*w; f = S.METRICS[name]
+    assert f(np.exp(2*z), v, how='count').value == pytest.approx(f(z, v, how='count').value, abs=1e-12)
+    assert f(np.arctan(z)**3, v, how='count').value == pytest.approx(f(z, v, how='count').value, abs=1e-12)
+    assert abs(f(np.exp(2*z), v).value - f(z, v).value) > .005          # bins of equal width do mind
