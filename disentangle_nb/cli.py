@@ -251,11 +251,12 @@ def progress_lines(folder,           # Where `log.csv` goes
                 writer.writeheader(), writer.writerows(rows)
     return Lines()
 
-# %% ../nbs/90_cli.ipynb #bb4db45e
+# %% ../nbs/90_cli.ipynb #67d869cb
 class NoteDesk:
     "Commands of the study of pitch and timbre."
     about = 'pitch and timbre in two Gaussian mixtures'
     measure, board, data = staticmethod(measure), staticmethod(board), staticmethod(lambda card: load_notes(card))
+    epochs = staticmethod(lambda card: card.epochs)
 
     def module(self):
         from disentangle_nb.studies import gmvae
@@ -276,7 +277,7 @@ class NoteDesk:
             if data != card.data: card = card.replace(data=data, shifts=(), **OWN | (dict(split='cells', held=.1) if data == 'orchestra' else {}))
         return card, load_notes(card, system, args.known_only)
 
-# %% ../nbs/90_cli.ipynb #3924289b
+# %% ../nbs/90_cli.ipynb #faa032c4
 class ToneDesk:
     "Commands of the study of sounds with known causes."
     about = 'tones with known causes, and objectives that look for them'
@@ -286,8 +287,9 @@ class ToneDesk:
         return syntone
 
     def world(self, path):
-        if path not in (None, 'orchestra'): raise UserError(f'--data {path}: this study makes its own sounds; leave it out for tones, or say orchestra')
-        return {} if path is None else dict(world='orchestra')
+        if path in (None, 'orchestra'): return {} if path is None else dict(world='orchestra', data='')
+        read_notes(path)
+        return dict(world='notes', data=str(Path(path).expanduser().absolute()))
 
     def card(self, args, look=False):
         study = self.module()
@@ -297,18 +299,26 @@ class ToneDesk:
         return card
 
     def data(self, card):
+        from disentangle_nb.audio import AudioError
+        from disentangle_nb.data.notes import TableError
         from disentangle_nb.data.soundfont import SoundFontError
         from disentangle_nb.data.syntone import WorldError
-        with told(WorldError, SoundFontError, ValueError): return self.module().study_data(card)
+        with told(WorldError, TableError, AudioError, SoundFontError, OSError, ValueError): return self.module().study_data(card)
 
-    def source(self, card): return card.world
+    def source(self, card): return card.data or card.world
+    def epochs(self, card): return self.module().study_epochs(card)
     def figures(self, system, data, folder): self.module().study_figures(system, data, folder)
     def about_data(self, data):
         many = ', '.join(f'{len(f)} levels of {f.name}' for f in data.world.factors)
         return f'{int((~data.held).sum())} clips, {int(data.held.sum())} held out; {many}'
 
     def again(self, system, args):
-        with told(CardError): card = self.module().SynToneCard.from_dict(system.card['settings']).replace(**self.world(args.data))
+        study = self.module()
+        if args.known_only: raise UserError('--known-only is about notes that a system has no class for; this study has no classes')
+        with told(CardError, ValueError):
+            card = study.SynToneCard.from_dict(system.card['settings'])
+            if args.data is not None: card = card.replace(faithful=False, **self.world(args.data))
+            study.check_card(card)
         data = self.data(card)
         data.feature = system.feature
         return card, data
@@ -317,7 +327,7 @@ class ToneDesk:
         from disentangle_nb.evaluation.scores import QUICK
         study = self.module()
         out = study.evaluate_study(system, data, QUICK if quick else study.SCORES) | ({} if quick else study.latent_study(system.model, data))
-        return out | (dict(published=study.published_study(system.model, data)) if system.card['settings']['faithful'] else {})
+        return out | (dict(published=study.published_study(system.model, data)) if system.card['settings']['faithful'] and 'timbre' in data.world.names else {})
 
     def board(self, result):
         lines = ['What a linear reading of all latents tells of held-out cells (share of variance, or of clips)']
@@ -335,7 +345,7 @@ class ToneDesk:
 
 STUDIES = dict(gmvae=NoteDesk(), syntone=ToneDesk())
 
-# %% ../nbs/90_cli.ipynb #b56130e3
+# %% ../nbs/90_cli.ipynb #fdd11b53
 PLANNED = 'move voice intervals'.split()
 
 def check_study(name:str):
@@ -352,7 +362,7 @@ def train_parser()->Parser:
     add = p.add_argument
     add('study', metavar='STUDY', help=f"one of: {', '.join(STUDIES)}")
     add('--data', metavar='PATH', help='folder of audio with a metadata.csv (columns file, instrument, midi_pitch), such a CSV, or an unpacked TinySOL, '
-        'NSynth or GMVAE release; the rendered orchestra if not given. syntone makes its own tones, or takes the word orchestra')
+        'NSynth or GMVAE release; the rendered orchestra if not given. syntone makes its own tones if not given, or takes the word orchestra')
     add('--out', metavar='DIR', help='run folder; out/STUDY-PROFILE-SEED if not given')
     add('--profile', choices=['quick', 'demo', 'cpu', 'paper'], default='cpu',
         help='size: quick (seconds), demo (gmvae: minutes), cpu (at most an hour on two cores), paper (a GPU)')
@@ -408,7 +418,7 @@ def only_known(table,           # Notes
                         "--known-only leaves such notes out")
     return table
 
-# %% ../nbs/90_cli.ipynb #ad5db5c1
+# %% ../nbs/90_cli.ipynb #79bc293d
 def _begin(out, args, card):
     "Make the run folder and say what is about to happen."
     with told(OSError):
@@ -446,7 +456,7 @@ def _train(argv):
     card = desk.card(args, look=True)
     if claim(out, card.to_dict(), args.resume) == 'finished': return print(f'{out} is finished; nothing is left to do')
     data = desk.data(card)
-    print(f"training {args.study} ({args.recipe}, {args.profile}, seed {args.seed}) on {device}: {desk.about_data(data)}, {card.epochs} epochs", file=sys.stderr, flush=True)
+    print(f"training {args.study} ({args.recipe}, {args.profile}, seed {args.seed}) on {device}: {desk.about_data(data)}, {desk.epochs(card)} epochs", file=sys.stderr, flush=True)
     _begin(out, args, card)
     _finish(_fit(card, args, device, data, out), data, args, card, out)
 

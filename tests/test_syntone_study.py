@@ -121,7 +121,7 @@ def test_agreement_without_labels():
     assert with_udr([run(0, z)])[0]['result']['udr'] is None
 
 
-@pytest.mark.parametrize('change, says', [(dict(bs=1), 'bs is 2'), (dict(held=0.), 'share between'), (dict(method='hf', latent=4), 'latent is 6'),
+@pytest.mark.parametrize('change, says', [(dict(bs=1), 'bs is 4'), (dict(held=0.), 'share between'), (dict(method='hf', latent=4), 'latent is 6'),
                                           (dict(epochs=0), 'epochs is more than 0'), (dict(faithful=True, world='orchestra'), 'about tones')])
 def test_settings_that_make_no_sense(change, says):
     with pytest.raises(ValueError, match=says): check_card(QUICK.replace(**change))

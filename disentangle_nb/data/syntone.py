@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'WAVES', 'EDGE', 'STEP', 'POWER', 'GAIN', 'OFFSET', 'BLOCK', 'EXTRAS', 'POSITIVE', 'WorldError', 'unknown',
            'Factor', 'FactorWorld', 'check_world', 'published_times', 'naive_waves', 'partial_count', 'partials',
-           'exact_products', 'block_sum', 'bent_sum', 'identifiable', 'Tones', 'in_turn', 'write_tones', 'read_tones']
+           'exact_products', 'block_sum', 'bent_sum', 'identifiable', 'Tones', 'write_tones', 'read_tones']
 
 # %% ../../nbs/10_data.syntone.ipynb #10db35ca
 import difflib, json, math, warnings, zipfile
@@ -224,25 +224,30 @@ def correlated(self:FactorWorld, a:str, b:str,
     u, v = [torch.linspace(0, 1, len(self[f]), dtype=torch.float64) for f in (a, b)]
     return self.weighted(a, b, torch.exp(-(u[:, None] - v).square() / (2*sigma**2)))
 
-# %% ../../nbs/10_data.syntone.ipynb #df2798fe
+# %% ../../nbs/10_data.syntone.ipynb #f1fa510c
 @patch
 def held_out(self:FactorWorld, a:str, b:str,
              share:float=.2,  # Share of the pairs of levels to hold out
              seed:int=0,      # Which draw
             )->tuple:         # (training world, test world), disjoint, together the whole
     "Split a world by combinations of two factors; training keeps every level of both."
-    shape = len(self[a]), len(self[b])
     if not 0 < share < 1: raise WorldError(f"the held-out share lies between 0 and 1; got {share}")
-    want, keep = round(share * math.prod(shape)), torch.ones(shape, dtype=torch.bool)
-    for flat in torch.randperm(math.prod(shape), generator=make_generator(seed, 'held out', a, b)).tolist():
-        i, j = divmod(flat, shape[1])
-        if (~keep).sum() < want and keep[i].sum() > 1 and keep[:, j].sum() > 1: keep[i, j] = False
-    if (~keep).sum() < max(1, want // 2):
-        raise WorldError(f"cannot hold out {share:.0%} of {shape[0]} x {shape[1]} pairs and keep every level; use a "
+    there = self.occurring(a, b)
+    want, keep = round(share * int(there.sum())), there.clone()
+    for flat in torch.randperm(there.numel(), generator=make_generator(seed, 'held out', a, b)).tolist():
+        i, j = divmod(flat, there.shape[1])
+        if (there ^ keep).sum() < want and keep[i, j] and keep[i].sum() > 1 and keep[:, j].sum() > 1: keep[i, j] = False
+    if (there ^ keep).sum() < max(1, want // 2):
+        raise WorldError(f"cannot hold out {share:.0%} of {len(self[a])} x {len(self[b])} pairs and keep every level; use a "
                          "smaller share or other factors")
-    return self.weighted(a, b, keep), self.weighted(a, b, ~keep)
+    return self.weighted(a, b, keep), self.weighted(a, b, there ^ keep)
 
-# %% ../../nbs/10_data.syntone.ipynb #edf6be6f
+@patch
+def occurring(self:FactorWorld, a:str, b:str)->torch.Tensor: # (levels of a, levels of b), bool
+    "Which pairs of levels there are: all, unless a world says otherwise."
+    return torch.ones(len(self[a]), len(self[b]), dtype=torch.bool)
+
+# %% ../../nbs/10_data.syntone.ipynb #00d2495b
 WAVES = ('sine', 'triangle', 'sawtooth', 'square')
 
 def published_times(n:int,          # Samples
@@ -257,9 +262,14 @@ def naive_waves(freq:torch.Tensor,   # Hz, (n,)
                )->torch.Tensor:      # (n, 4, t), the waves of `WAVES`, peak 1
     "Waveforms by definition, aliases included."
     phase = (2*math.pi * freq.double()[:, None] * time).fmod_(2*math.pi)
+    out = torch.empty(len(freq), 4, len(time), dtype=dtype)
+    sine, triangle, rising, square = out.unbind(1)
     turn = phase.to(dtype)
-    rising = turn/math.pi - 1
-    return torch.stack([turn.sin(), 1 - 2*rising.abs(), rising, 1. - 2*(phase >= math.pi).to(dtype)], 1)
+    torch.sin(turn, out=sine)
+    torch.div(turn, math.pi, out=rising).sub_(1)
+    torch.abs(rising, out=triangle).mul_(-2).add_(1)
+    torch.lt(phase, math.pi, out=square).mul_(2).sub_(1)
+    return out
 
 # %% ../../nbs/10_data.syntone.ipynb #dd210460
 EDGE = .45  # Overtones end at this share of the sample rate
@@ -408,7 +418,7 @@ class Tones(FactorWorld):
         bend = 2**(max(np.atleast_1d(extras.get('vibrato_depth', 0)))/1200)
         _check_range(base[0].values, bend, sr, dur, timbres, compat)
 
-# %% ../../nbs/10_data.syntone.ipynb #8d64247f
+# %% ../../nbs/10_data.syntone.ipynb #3cfa9a09
 @patch
 def settings(self:Tones,
              indices:torch.Tensor, # Choices, (n, k)
@@ -419,15 +429,10 @@ def settings(self:Tones,
         raise WorldError(f"choices are rows of {', '.join(self.names)}; got shape {tuple(indices.shape)}")
     if len(indices) and ((indices < 0) | (indices >= torch.tensor(self.sizes))).any():
         raise WorldError(f"level numbers stay below {self.sizes} for {self.names}")
-    v = {k: torch.full((len(indices),), float(c), dtype=torch.float64) for k, c in self.constants.items()}
+    v = dict(zip(self.constants, torch.tensor([*self.constants.values()], dtype=torch.float64)[:, None].expand(-1, len(indices))))
     v |= dict(zip(self.names, torch.from_numpy(self.values(indices)).unbind(1)))
     v['timbre'] = torch.tensor([WAVES.index(w) for w in self['timbre'].levels])[v['timbre'].long()]
     return v
-
-def in_turn(which): # Whether all four waves of a frequency come together, frequencies in order, as in the grid
-    if len(which) % 4: return False
-    fours = which.view(-1, 4)
-    return bool((fours == fours[:, :1] + torch.arange(4)).all() and (fours[:, 0] % 4 == 0).all() and (which.diff() > -4).all())
 
 @patch
 def _naive(self:Tones, v, out):
@@ -435,12 +440,9 @@ def _naive(self:Tones, v, out):
     time = published_times(self.n_samples, self.sr)
     for part in (slice(a, a + BLOCK) for a in range(0, len(out), BLOCK)):
         freq, which = v['frequency'][part].unique(return_inverse=True)
-        unit, which = naive_waves(freq, time, out.dtype), 4*which + v['timbre'][part]
-        amp, own = v['amplitude'][part, None].to(out.dtype), out[part]
-        if in_turn(which):
-            many = (which//4).bincount().tolist()
-            for wave, a, rows in zip(unit, amp.split(many), own.split(many)): torch.mul(wave, a.view(-1, 4, 1), out=rows.view(-1, *wave.shape))
-        else: torch.index_select(unit.flatten(0, 1), 0, which, out=own).mul_(amp)
+        unit = naive_waves(freq, time, out.dtype).flatten(0, 1)
+        rows = torch.index_select(unit, 0, 4*which + v['timbre'][part], out=out[part])
+        rows.mul_(v['amplitude'][part, None].to(out.dtype))
     return out
 
 # %% ../../nbs/10_data.syntone.ipynb #fbc9358c
@@ -495,7 +497,7 @@ def render(self:Tones,
     noise = torch.randn(out.shape, generator=torch.Generator(device).manual_seed(seed), device=device)
     return out.addcmul_(noise, (v['amplitude']*10**(v['noise']/20)).float().to(device)[:, None])
 
-# %% ../../nbs/10_data.syntone.ipynb #5479b6de
+# %% ../../nbs/10_data.syntone.ipynb #3b367d03
 @patch
 def stream(self:Tones,
            seed:int=0,            # Of the nuisance
@@ -505,7 +507,7 @@ def stream(self:Tones,
            reuse:bool=False,      # Render into one block of memory: faster, but the next block overwrites it
           ):                      # Yields (choices, clips), `BLOCK` at a time
     "All clips in order, rendered as they are asked for."
-    room = torch.empty(BLOCK, self.n_samples, device=device, dtype=dtype) if reuse else None
+    room = torch.empty(BLOCK, self.n_samples, device='cpu' if self.compat else device, dtype=dtype) if reuse else None
     for i, part in enumerate((self.grid() if rows is None else rows).split(BLOCK)):
         out = room[:len(part)] if reuse else None
         yield part, self.render(part, make_generator(seed, 'tones', i), device, dtype, out)

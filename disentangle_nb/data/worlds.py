@@ -29,7 +29,7 @@ def column_factor(table:pd.DataFrame, # One row a clip
     levels = sorted(set(v.tolist() if numbers else map(str, v)))
     return Factor(name, kind or ('ordinal' if numbers else 'nominal'), levels)
 
-# %% ../../nbs/12b_data.worlds.ipynb #bd950ea9
+# %% ../../nbs/12b_data.worlds.ipynb #73b51d9a
 class TableWorld(FactorWorld):
     "Labelled clips as a world of factors."
     def __init__(self,
@@ -58,6 +58,11 @@ class TableWorld(FactorWorld):
 
     def grid(self): return self.rows[self.chance > 0]
     def __len__(self): return int((self.chance > 0).sum())
+
+    def occurring(self, a, b):
+        there, rows = super().occurring(a, b).fill_(False), self.grid()
+        there[rows[:, self.column(a)], rows[:, self.column(b)]] = True
+        return there
 
     def sample(self, n, generator=None, fixed=None):
         held, w, out = self._held(n, fixed), self.chance, []

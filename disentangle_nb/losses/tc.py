@@ -157,7 +157,7 @@ class BetaTCLoss(VAELoss):
         if self.faithful: z = mu + torch.exp(.5 * logvar) * torch.randn_like(mu)
         return split_kl(z, mu, logvar, self.n_data, self.estimator)
 
-# %% ../../nbs/41_losses.tc.ipynb #bdee4a33
+# %% ../../nbs/41_losses.tc.ipynb #25ab0c54
 class FactorLoss(VAELoss):
     "FactorVAE: total correlation as seen by a discriminator."
     def __init__(self,
@@ -170,6 +170,7 @@ class FactorLoss(VAELoss):
         self.weights, self.adversary = dict(recon=1., kl=beta, tc=gamma), adversary
 
     def forward(self, out, *labels):
+        if self.faithful and len(out['mu']) < 2: raise ValueError("half a batch is judged and half permuted; got a batch of 1. Drop the last batch")
         if self.faithful: out = self.redrawn({k: v[:len(out['mu']) // 2] if v.ndim else v for k, v in out.items()})
         self.judged = out['z']
         return super().forward(out)
@@ -214,7 +215,7 @@ class DIPLoss(VAELoss):
         off = cov.square().sum() - on.square().sum()
         return super().terms(out) | dict(covariance=off, variance=(on - 1).square().sum())
 
-# %% ../../nbs/41_losses.tc.ipynb #4b74bf4d
+# %% ../../nbs/41_losses.tc.ipynb #3a21bcd7
 class HFLoss(VAELoss):
     "HFVAE: total correlation between groups of latents and within them, weighed apart."
     def __init__(self,
@@ -233,6 +234,7 @@ class HFLoss(VAELoss):
 
     def terms(self, out):
         codes = out['z'], out['mu'], out['logvar'], self.n_data, self.estimator
+        if sum(self.groups) != out['z'].shape[1]: raise ValueError(f"groups share out the {out['z'].shape[1]} latents; got {self.groups}")
         q, groups, each = log_q(*codes, self.groups)
         t, groups = split_kl(*codes), groups.sum(-1)
         return dict(mi=t['mi'], between=(q - groups).mean(), within=(groups - each.sum(-1)).mean(), single=t['single'])

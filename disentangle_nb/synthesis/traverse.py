@@ -493,23 +493,24 @@ def swap_table(swaps,       # Rows of `swap_latents`
         rows.append(dict(condition=name, measure=factor) | facts | share | dict(off_by=off, n=len(ok)))
     return pd.DataFrame(rows)
 
-# %% ../../nbs/72_synthesis.traverse.ipynb #884b9584
+# %% ../../nbs/72_synthesis.traverse.ipynb #cc1c54c2
 def show_sounds(sounds:dict,     # Row's name -> (wav (t,), input (f, n))
                 feature,         # That the inputs belong to
                 title:str=None,  # The figure's claim
                 ms:float=6.25,   # How much of the waves to draw, from their middle, ms; 100 samples at 16 kHz
+                faithful:bool=False, # As published: waves from their beginning, the spectrum in bins
                ):                # The axes, row by row
     "Wave, spectrum and mel spectrogram of sounds, a row each, on the scales of the first."
     axes, tops = panels(len(sounds), 3, width=3.3, height=2.1, squeeze=False), None
     for i, (name, (wav, x)) in enumerate(sounds.items()):
         wave, line, mel = np.ravel(axes)[3*i:3*i + 3]
-        show_wave(wav[len(wav)//2:][:round(ms/1000*feature.sr)], feature.sr, name, wave)
+        show_wave(wav[0 if faithful else len(wav)//2:][:round(ms/1000*feature.sr)], feature.sr, name, wave)
         mag = np.abs(np.fft.rfft(wav.cpu().numpy()))
         z, unit = _decibels(feature, x)
         tops = tops or (mag.max() or 1., float(z.max()) if unit == 'dB' else 0.)
         db = np.maximum(20*np.log10(mag/tops[0] + 1e-6), -100)
-        line.plot(np.linspace(0, feature.sr/2, len(mag)), db, lw=.6, color='#3f74b0')
-        line.set(xlabel='frequency (Hz)', ylabel='magnitude (dB)', ylim=(-100, 8))
+        line.plot(np.arange(len(mag)) if faithful else np.linspace(0, feature.sr/2, len(mag)), db, lw=.6, color='#3f74b0')
+        line.set(xlabel='bin' if faithful else 'frequency (Hz)', ylabel='magnitude (dB)', ylim=(-100, 8))
         low, high = (-60, 0) if unit == 'dB' else (None, None)
         freqs = feature.freqs.clip(1) if hasattr(feature, 'freqs') else None
         show_spec(z - tops[1], feature.sr, feature.hop, freqs, None, mel, unit, low, high)
