@@ -265,3 +265,63 @@ def test_monotone_maps_change_nothing_that_is_counted_in_equal_bins(name):
     assert f(np.exp(2*z), v, how='count').value == pytest.approx(f(z, v, how='count').value, abs=1e-12)
     assert f(np.arctan(z)**3, v, how='count').value == pytest.approx(f(z, v, how='count').value, abs=1e-12)
     assert abs(f(np.exp(2*z), v).value - f(z, v).value) > .005          # bins of equal width do mind
+
+
+def test_neighbours_in_the_place_of_counts():
+    from sklearn.feature_selection import mutual_info_classif
+    v, z, w = drawn(); z = z + .3*w; info = M.information(z, v, estimator='knn')
+    want = [mutual_info_classif(z, f, n_neighbors=10, random_state=0) for f in v.T]
+    assert info.mi == pytest.approx(np.array(want), abs=1e-6) and M.mig(info).value == pytest.approx(M.mig(z, v, estimator='knn').value)
+    for f in (M.mig, M.mig_sup, M.modularity, M.dcimig): assert 0 < f(info).value <= 1
+    t = S.score_table(z, v, ('mig', 'modularity'), settings=dict(mig=dict(estimator='knn')), refits=3, n_boot=5, n_null=5)
+    assert t.interval.tolist() == ['3 halves, Student', '5 draws'] and t.value['mig'] == M.mig(info).value and t.null['mig'] < .02
+    for call in (lambda: M.jemmig(info), lambda: M.mig(info, norm='code'), lambda: M.mig(z, v, estimator='knn', correct=True), lambda: M.mig(z, v, estimator='ksg')):
+        with pytest.raises(ValueError): call()
+
+
+def test_less_what_chance_gives():
+    v, z, w = drawn(2000); raw, less = (M.information(w, v, correct=c).mi for c in (False, 'null'))
+    assert raw.mean() > .02 and less.mean() < .004 and (less >= 0).all()
+    items = M.read_items(z + .3*w, v); one = M.information(items, correct='null'); chance = M.information(items).mi - one.mi
+    assert .01 < chance[one.mi > 0].mean() < .06                        # (levels - 1)(bins - 1)/2N is .014 and .043
+    drawn_ = S.bootstrap_information(items, 5, correct='null'), S.bootstrap_information(items, 5)
+    assert drawn_[0].mi == pytest.approx(np.maximum(drawn_[1].mi - (M.information(items).mi - M.information(items, correct='null').mi), 0), abs=.02)
+    assert S.null_information(items, 20, correct='null').mi.mean() < .4*S.null_information(items, 20).mi.mean()
+    with pytest.raises(ValueError, match="'null'"): M.mig(items, correct='nul')
+    assert S.score_table(items, metrics='mig', correct='null', n_boot=5, n_null=5).null.iloc[0] < .01
+
+
+# --- blocks -----------------------------------------------------------------------------------------------------------
+
+def test_blocks_stand_for_one_code():
+    v, z, w = drawn(1000); x = np.c_[z[:, 0], z[:, 1], z[:, 1] + .1*w[:, 0], z[:, 2]]; blocks = dict(level=[1, 2], pitch=3)
+    plain, joined = M.read_items(x, v), M.read_items(x, v, blocks=blocks); info = M.information(joined)
+    assert info.items.blocks == (('level', (1, 2)), ('pitch', (3,)), ('code 0', (0,)))
+    assert M.mig(plain).value < .75 and M.mig(joined).value > .95 and M.sap(joined).value > .95
+    for f in (M.mig, M.mig_sup, M.jemmig, M.dcimig, M.modularity, M.sap):
+        alone = f(M.read_items(x[:, [0, 1, 3]], v)).value; assert f(joined).value == pytest.approx(alone, abs=.05), f.__name__
+    d = P.dci(joined, trees=5); assert d.relation.shape == (3, 3) and min(d.parts.values()) > .95
+    assert d.relation == pytest.approx(M.pool_columns(P.dci(plain, trees=5).relation, joined, np.sum))
+    for f in (M.irs, M.factor_vae_score, P.infomec): s = f(joined); assert math.isnan(s.value) and 'blocks' in s.reason
+    t = S.score_table(x, v, blocks=blocks, n_boot=5, n_null=5, refits=2, references=dict(noise=np.random.default_rng(0).normal(size=x.shape)))
+    assert t.value['mig'] > .95 and t.ceiling['mig'] > .95 and 'blocks' in t.reason['irs'] and t.noise['mig'] < .1
+    with pytest.raises(ValueError, match='holds some already'): M.read_items(joined, blocks=blocks)
+    with pytest.raises(ValueError, match='with blocks'): S.score_table(joined, metrics='mig', references=dict(noise=w))
+    with pytest.raises(ValueError, match="norm='factor'"): M.mig(joined, norm='code')
+
+
+def test_leakage_of_blocks():
+    v, z, w = drawn(2000); wide = np.eye(10)[v[:, 1]] + .01*np.random.default_rng(0).normal(size=(2000, 10)); names = ['timbre', 'level', 'pitch']
+    t = P.block_leakage(np.c_[z[:, 0], wide, w[:, 0]], v, dict(timbre=[0], level=range(1, 11), pitch=[11]), names=names).set_index(['factor', 'block'])
+    assert t.leak['level', 'level'] > .99 and t.acc['level', 'timbre'] == pytest.approx(.1, abs=.06) and abs(t.leak['pitch', 'pitch']) < .06
+    assert t.own.groupby('factor').sum().eq(1).all() and t.n.eq(667).all() and (t.chance['level'] < .15).all()
+
+
+# --- effort -----------------------------------------------------------------------------------------------------------
+
+def test_networks_read_what_lines_do_not():
+    g = np.random.default_rng(0); y = g.integers(0, 10, 1500); x = np.c_[np.cos(2*np.pi*y/10), np.sin(2*np.pi*y/10)]*(1 + .1*g.normal(size=(1500, 1)))
+    hits = [P._probe('net', w, x[:1000], y[:1000], True, 0, 0)(x[1000:], y[1000:]) for w in (0, 32)]; assert hits[0] < .9 < hits[1]
+    a, b = (P.dci_es(x, y, probe='net', sizes=(0, 16, 32)) for _ in range(2)); assert a.parts['E'] == b.parts['E'] and a.parts['I'] > .9
+    assert P._capacity('net', (0, 5), 3, 2) == pytest.approx(np.log([3*2 + 2, 3*5 + 5 + 25 + 5 + 5*2 + 2]))
+    r2 = P._probe('net', 32, x[:1000], x[:1000, 0]*x[:1000, 1], False, 0, 0)(x[1000:], x[1000:, 0]*x[1000:, 1]); assert r2 > .9

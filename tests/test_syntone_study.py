@@ -5,8 +5,10 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from disentangle_nb import cli
 from disentangle_nb.core import CardError
+from disentangle_nb.models.system import Disentangler
 from disentangle_nb.studies import syntone
 from disentangle_nb.studies.syntone import *
+from test_cli import PARTIALS, collection
 
 QUICK = syntone_card(profile='quick', n_freqs=8, epochs=1)
 
@@ -140,8 +142,47 @@ def test_commands(tmp_path, monkeypatch, capsys):
     assert cli.evaluate(['run', '--json', 'n.json', '--figures', 'pictures']) == 0
     assert {'traversal.gif', 'traversal.png', 'reconstruction.png', 'samples.gif'} <= set(os.listdir('pictures'))
     assert {r['condition'] for r in json.loads(Path('n.json').read_text())['swap']} >= {'swap all', 'original'}
-    assert cli.train([*args, '--out', 'run', '--data', 'letters']) == 2 and 'makes its own sounds' in capsys.readouterr().err
+    assert cli.train([*args, '--out', 'other', '--data', 'letters']) == 2 and 'letters' in capsys.readouterr().err
+    assert cli.evaluate(['run', '--known-only']) == 2 and 'no classes' in capsys.readouterr().err
+    for wrong, told in ('n_mels=40', 'multiples of 16'), ('noise=0.', 'noise is more than 0'), ('n_freqs=2', '32 clips are too few'), ('critic=[0,3]', 'critic is more than 0'):
+        assert cli.train([*args, '--out', 'other', '--set', wrong]) == 2 and told in capsys.readouterr().err and not Path('other').exists()
     assert cli.train(['syntone', '--set', 'method=best']) == 2 and 'choose' in capsys.readouterr().err
+
+
+def test_a_folder_of_notes_is_a_world(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path('notes').mkdir()
+    collection(Path('notes'))
+    assert cli.train(['syntone', '--profile', 'quick', '--set', 'epochs=2', '--set', 'bs=8', '--data', 'notes', '--out', 'run']) == 0
+    said = capsys.readouterr()
+    assert f'{len(PARTIALS)} levels of instrument, 10 levels of pitch' in said.err and 'instrument' in said.out
+    data = study_data(SynToneCard.from_dict(json.loads(Path('run/run.json').read_text())['settings']))
+    cells = lambda rows: {tuple(r) for r in rows.tolist()}
+    assert len(data.rows) == 10*len(PARTIALS) and int(data.held.sum()) == round(1.5*len(PARTIALS)) and not cells(data.rows[data.held]) & cells(data.rows[~data.held])
+    with pytest.raises(ValueError, match='needs data'): check_card(QUICK.replace(world='notes'))
+
+
+def test_published_order_of_training_clips():
+    from sklearn.model_selection import train_test_split
+    card = syntone_card('faithful', 'quick')
+    data, grid = study_data(card), study_world(card).grid()
+    train, _ = train_test_split(np.arange(len(grid)), test_size=.2, random_state=42)
+    assert torch.equal(data.rows[~data.held], grid[train])
+
+
+def test_what_ships_loads_and_reads_its_tones():
+    system = Disentangler.load('tones-small', 'cpu')
+    data = study_data(SynToneCard.from_dict(system.card['settings']))
+    probes = evaluate_study(system, data, ('mig',), 3000)['probes']
+    assert probes['frequency'] > .85 and probes['amplitude'] > .95 and probes['timbre'] > .8
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
+@pytest.mark.parametrize('change', [{}, dict(live=True), dict(method='factor'), dict(method='ada')])
+def test_training_on_a_gpu(change):
+    system, data, _ = train_study(QUICK.replace(**change), 'cuda')
+    assert all(p.device.type == 'cpu' for p in [*system.model.parameters(), *system.feature.buffers()])
+    assert evaluate_study(system, data, ('mig',))['probes']['amplitude'] > .5
 
 
 def test_recorded_results_keep_what_the_page_claims():

@@ -3,7 +3,7 @@ import math
 import pytest, torch
 from disentangle_nb.losses.tc import (ESTIMATORS, AdaLoss, AnnealedLoss, BetaTCLoss, DIPLoss, FactorLoss, HFLoss, VAELoss, gaussian_tc, log_q,
                                      log_weights, permute_dims, ratio_tc, share_posterior, split_kl)
-from disentangle_nb.models.vae import Discriminator, SmallVAE, ToneVAE, WaveClassifier, WaveVAE
+from disentangle_nb.models.vae import Discriminator, Halve, SmallVAE, ToneVAE, WaveClassifier, WaveVAE
 
 tiny = dict(n_mels=16, n_frames=16, latent=4)
 models = {'tone': lambda: ToneVAE(**tiny), 'deeper': lambda: ToneVAE(**tiny, channels=(8, 8, 16, 16), hidden=(32, 16)),
@@ -294,6 +294,30 @@ def test_published_factor_loss_uses_half_of_the_batch():
     half = {k: v[:4] for k, v in out.items()}
     assert torch.isclose(loss(out), VAELoss(faithful=True)(half))
     assert abs(loss.critic(out).item() - math.log(2)) < .5
+
+
+def test_half_a_batch_is_only_looked_at():
+    torch.manual_seed(0)
+    model = models['tone']()
+    x, seen = inputs(model, 8), []
+    model.decoder.register_forward_pre_hook(lambda m, args: seen.append(len(args[0])))
+    model.halves = True
+    out = model(x)
+    assert seen == [4] and len(out['mu']) == 8 and len(out['x_hat']) == 4
+    halves = [torch.autograd.grad(out['mu'][part].sum(), model.lin_mu.weight, retain_graph=True, allow_unused=True)[0] for part in (slice(0, 4), slice(4, 8))]
+    assert halves[0].abs().sum() > 0 and (halves[1] is None or halves[1].abs().sum() == 0)
+    model.halves, loss = False, FactorLoss(Discriminator(4, 16, 2), gamma=0., faithful=True)
+    assert torch.allclose(loss(out), loss(model(x) | dict(z=out['z'], x_hat=torch.cat([out['x_hat'], out['x_hat']]))))
+
+
+@pytest.mark.parametrize('shape', [(2, 3, 4, 6), (1, 8, 16, 2)])
+def test_pooling_in_place_is_pooling(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last).requires_grad_()
+    grads = [torch.autograd.grad((pool(2*x)**2).sum(), x)[0] for pool in (Halve(), torch.nn.MaxPool2d(2))]
+    assert torch.equal(*grads) and torch.equal(Halve()(x), torch.nn.functional.max_pool2d(x, 2))
+    loss = (Halve()(2*x)**2).sum()
+    twice = [torch.autograd.grad(loss, x, retain_graph=True)[0].clone() for _ in range(2)]
+    assert torch.equal(*twice)
 
 
 def test_capacity_is_a_target():

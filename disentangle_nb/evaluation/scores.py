@@ -7,13 +7,13 @@ __all__ = ['METRICS', 'BINNED', 'QUICK', 'DEFAULT', 'COLUMNS', 'ASKS', 'CONVENTI
            'DEAD', 'bootstrap_information', 'null_information', 'spread', 'halves', 'perfect_code', 'score',
            'score_table', 'sanity_cases', 'exact_cases', 'check_metric', 'udr']
 
-# %% ../../nbs/60b_evaluation.scores.ipynb #4ff883c1
+# %% ../../nbs/60b_evaluation.scores.ipynb #5340fa5a
 import inspect, math
 import numpy as np
 from dataclasses import replace
 from importlib.metadata import version
 from ..core import progress
-from .metrics import (Information, beta_vae_score, binned, count_tables, dcimig, factor_vae_score, information, irs, jemmig,
+from .metrics import (Information, beta_vae_score, binned, count_tables, dcimig, factor_vae_score, information, irs, jemmig, less_chance,
                                                measure, mig, mig_sup, modularity, read_items, sap, _codes, _moves)
 from .predictors import dci, dci_es, explicitness, infomec
 
@@ -22,7 +22,7 @@ def _join(pieces):
     "One `Information` from several, along the axis of resamples."
     return replace(pieces[0], **{k: np.concatenate([getattr(p, k) for p in pieces]) for k in ('mi', 'joint', 'hv', 'hz')})
 
-# %% ../../nbs/60b_evaluation.scores.ipynb #b5c9e5f9
+# %% ../../nbs/60b_evaluation.scores.ipynb #8634ef08
 def bootstrap_information(items,         # `Items`
                           n:int=200,     # Resamples
                           seed:int=0,    # Seed of the draws
@@ -31,7 +31,7 @@ def bootstrap_information(items,         # `Items`
     "What codes tell of factors in `n` draws of the items, with replacement."
     z, v = binned(items, bins, how, coarse); rng, m = np.random.default_rng(seed), len(z)
     draw = lambda r: np.stack([np.bincount(rng.integers(0, m, m), minlength=m) for _ in range(r)], 1).astype(float)
-    return _join([measure(count_tables(z, v, bins, draw(min(50, n - i))), items, bins, correct) for i in range(0, n, 50)])
+    return less_chance(_join([measure(count_tables(z, v, bins, draw(min(50, n - i))), items, bins, correct is True) for i in range(0, n, 50)]), z, v, correct)
 
 def null_information(items,              # `Items`
                      n:int=200,          # Shuffles
@@ -40,7 +40,7 @@ def null_information(items,              # `Items`
                     )->Information:      # With a leading axis of `n`
     "What the same codes tell of the same factors once the pairs are torn apart; factors stay together."
     z, v = binned(items, bins, how, coarse); rng = np.random.default_rng(seed)
-    return _join([measure(count_tables(z[rng.permutation(len(z))], v, bins), items, bins, correct) for _ in range(n)])
+    return less_chance(_join([measure(count_tables(z[rng.permutation(len(z))], v, bins), items, bins, correct is True) for _ in range(n)]), z, v, correct)
 
 # %% ../../nbs/60b_evaluation.scores.ipynb #1559a5f0
 def spread(values,          # Scores on resamples `(r,)`
@@ -67,12 +67,12 @@ def halves(metric,     # A metric: function of `Items` and keywords
     def one(rows): return metric(items.take(np.arange(m), rows) if null else items.take(rows[:m//2]), **kw)
     return [one(rng.permutation(m)) for _ in range(n)]
 
-# %% ../../nbs/60b_evaluation.scores.ipynb #4b124ce2
+# %% ../../nbs/60b_evaluation.scores.ipynb #45edf63d
 def perfect_code(items, # `Items`
                 ):      # `Items` whose codes are the factors
     "The factors themselves as codes, standardised; a missing label sits at the mean."
     x = items.values; x = (x - np.nanmean(x, 0))/np.nanstd(x, 0)
-    return replace(items, codes=np.where(np.isnan(x), 0, x))
+    return replace(items, codes=np.where(np.isnan(x), 0, x), blocks=())
 
 # %% ../../nbs/60b_evaluation.scores.ipynb #607e853c
 METRICS = {f.__name__: f for f in (mig, mig_sup, jemmig, dcimig, modularity, sap, irs, factor_vae_score, beta_vae_score, explicitness, dci,
@@ -158,7 +158,7 @@ def _halved_rows(f, sets, kw, plan):
     return [_row(f.__name__, p, {k: parts(s)[p] for k, s in found.items()}, [d[p] for d in draws], [d[p] for d in null], why, plan['level'],
                  'halves' if quick else 'halves, Student', not quick) for p in parts(found['value'])]
 
-# %% ../../nbs/60b_evaluation.scores.ipynb #9346ca8b
+# %% ../../nbs/60b_evaluation.scores.ipynb #a98ecad2
 def _chosen(metrics):
     "Functions for a name, a function, several of them, or 'all'."
     if isinstance(metrics, str) and metrics == 'all': return list(METRICS.values())
@@ -171,6 +171,7 @@ def _sets(items, references, swapped):
         z = _codes(z)
         if k in COLUMNS: raise ValueError(f"a reference can't be called {k!r}, which is a column of the table")
         if len(z) != len(items.codes): raise ValueError(f"reference {k!r} has {len(z)} items, the codes {len(items.codes)}: encode the same items")
+        if items.blocks and z.shape != items.codes.shape: raise ValueError(f"reference {k!r} has shape {z.shape}; with blocks it needs that of the codes, {items.codes.shape}")
         sets[k] = replace(items, codes=z)
     return {k: s.swap() for k, s in sets.items()} if swapped else sets
 
@@ -183,7 +184,7 @@ def _known_settings(settings, chosen):
         odd = set(kw) - takes
         if odd: raise ValueError(f"{name} has no setting {sorted(odd)}; it has {sorted(takes - {'codes', 'factors', 'door', 'kw'})}")
 
-# %% ../../nbs/60b_evaluation.scores.ipynb #fce5e846
+# %% ../../nbs/60b_evaluation.scores.ipynb #f4058af8
 def score_table(codes,                  # Codes `(n, d)` or `Items`
                 factors=None,           # Factors `(n, k)`, DataFrame or dict, see `read_items`
                 metrics=DEFAULT,        # Names or functions; 'all' for every one
@@ -197,7 +198,7 @@ def score_table(codes,                  # Codes `(n, d)` or `Items`
                 refits:int=10,          # Halves and shuffles, all other metrics
                 level:float=.95,        # Share of the interval
                 seed:int=0,             # Seed of draws, halves and shuffles
-                **door                  # Passed to `read_items`: `names`, `kinds`, `missing`
+                **door                  # Passed to `read_items`: `names`, `kinds`, `missing`, `blocks`
                ):                       # DataFrame with one row a score, indexed by its name
     "Scores with interval, null and ceiling."
     import pandas as pd

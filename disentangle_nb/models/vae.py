@@ -72,7 +72,7 @@ def decode(self:VAE,
         raise ValueError(f"decoding takes {', '.join(self.factors)}; got {', '.join(named) or 'nothing'}")
     return self.decoder(torch.cat([named[f] for f in self.factors], 1))
 
-# %% ../../nbs/31_models.vae.ipynb #ee46e30f
+# %% ../../nbs/31_models.vae.ipynb #6c022ae0
 @patch
 def draw(self:VAE,
          mu:torch.Tensor,     # Posterior mean, (b, d)
@@ -90,7 +90,8 @@ def forward(self:VAE,
     mu, logvar = self.posterior(x[:own])
     if self.between is not None: mu, logvar = self.between(mu, logvar)
     if own < len(x):
-        with torch.no_grad(): mu, logvar = map(torch.cat, zip((mu, logvar), self.posterior(x[own:])))
+        with torch.no_grad(): rest = self.posterior(x[own:])
+        mu, logvar = map(torch.cat, zip((mu, logvar), rest))
     z = self.draw(mu, logvar)
     return dict(x=x, mu=mu, logvar=logvar, z=z, x_hat=self.decoder(z[:own]))
 

@@ -89,7 +89,7 @@ def check_card(card:SynToneCard): # Settings
     if card.world == 'tones' and min(card.held, 1 - card.held)*4*card.n_freqs*card.n_amps < 8:
         raise ValueError(f"{4*card.n_freqs*card.n_amps} clips are too few to train on some and ask about {card.held:.0%}; use more n_freqs or n_amps")
 
-# %% ../../nbs/81_studies.syntone.ipynb #136c37d3
+# %% ../../nbs/81_studies.syntone.ipynb #108c1c40
 def notes_world(path): # A `TableWorld` of 1 s clips: instrument, pitch, and velocity or dynamics where they vary
     "Labelled notes of one's own as a world."
     from disentangle_nb.data.notes import load_clips, read_table
@@ -124,9 +124,8 @@ def study_data(card:SynToneCard, # Settings
     rows = world.grid()
     if card.faithful:
         from sklearn.model_selection import train_test_split
-        held = torch.zeros(len(rows), dtype=torch.bool)
-        held[train_test_split(np.arange(len(rows)), test_size=card.held, random_state=42 + card.division)[1]] = True
-        return WorldData(world, study_feature(card), rows, held, world)
+        train, valid = train_test_split(np.arange(len(rows)), test_size=card.held, random_state=42 + card.division)
+        return WorldData(world, study_feature(card), rows[np.r_[train, valid]], torch.arange(len(rows)) >= len(train), world)
     kept, _ = world.held_out(*(('timbre', 'frequency') if card.world == 'tones' else ('instrument', 'pitch')), share=card.held, seed=card.division)
     known = {tuple(r) for r in kept.grid().tolist()}
     return WorldData(world, study_feature(card), rows, torch.tensor([tuple(r) not in known for r in rows.tolist()]), kept)
@@ -435,7 +434,7 @@ def rank_agreement(frame, names:list): # DataFrame (names, names)
     "Spearman correlation of scores over runs."
     return frame[names].corr('spearman')
 
-# %% ../../nbs/81_studies.syntone.ipynb #29249a19
+# %% ../../nbs/81_studies.syntone.ipynb #74ddabda
 STRENGTHS = dict(vae=(1., 4., 16.), annealed=(5., 10., 20.), factor=(5., 20., 80.), tc=(4., 16., 64.), dip1=(2., 10., 50.), dip2=(2., 10., 50.),
                  hf=(4.,), ada=(1.,))
 
@@ -451,7 +450,7 @@ def pack_study(folder, # Of a sweep
                out=None, # Folder to write to; the one that ships if not given
               )->Path:   # The file
     "Put the runs of a sweep into one file, with what needs all of them."
-    runs = sorted((read_json(f) for f in Path(folder).glob('[!.]*.json')), key=lambda r: [r['card'][k] for k in ('method', 'strength', 'seed')])
+    runs = sorted((read_json(f) for f in Path(folder).glob('[!.]*.json')), key=lambda r: (METHODS.index(r['card']['method']), r['card']['strength'], r['card']['seed']))
     if not runs: raise FileNotFoundError(f"no finished run in {folder}; sweep(run_study, study_grid(), folder) makes them")
     slim = with_udr([{k: r[k] for k in ('card', 'result')} for r in runs])
     file = Path(out or repo_root()/'data'/'results'/'syntone')/f'{name}.json'
