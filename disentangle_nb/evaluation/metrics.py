@@ -41,7 +41,7 @@ class Items:
         names = tuple(f'code {i}' for i in range(self.codes.shape[1]))
         return read_items(self.values, dict(zip(names, self.codes.T)), kinds='continuous')
 
-# %% ../../nbs/60_evaluation.metrics.ipynb #70ee907a
+# %% ../../nbs/60_evaluation.metrics.ipynb #796b002c
 def _index(v):
     "Level numbers of `v` from 0, -1 where NaN; whole numbers of a small range are counted instead of sorted."
     known = ~np.isnan(v); out = np.full(len(v), -1); x = v[known]
@@ -54,7 +54,8 @@ def _index(v):
 def _mark(name, v, missing):
     "NaN for what marks a missing label; below the usual mark, it may be a value after all."
     if missing == -1 and (v < -1).any():
-        warnings.warn(f"factor {name!r} reaches down to {np.nanmin(v):g}, and -1 counts as a missing label; pass missing=None if it is a value", stacklevel=2)
+        warnings.warn(f"factor {name!r} reaches down to {np.nanmin(v):g}, and -1 counts as a missing label; "
+                      "pass missing=None if it is a value", stacklevel=2)
     v[v == missing] = np.nan
 
 def _column(name, x, kind, missing):
@@ -78,7 +79,7 @@ def _column(name, x, kind, missing):
     i = _index(np.where(np.asarray(i) < 0, np.nan, i))              # no level without an item
     return np.where(i < 0, np.nan, i), i, kind or 'nominal'
 
-# %% ../../nbs/60_evaluation.metrics.ipynb #fad6a397
+# %% ../../nbs/60_evaluation.metrics.ipynb #aef2a969
 def _array(x):
     "A NumPy array of anything; tensors of half precision, which NumPy doesn't know, as doubles."
     if not hasattr(x, 'detach'): return np.asarray(x)
@@ -114,7 +115,8 @@ def _codes(codes):
     if z.ndim != 2 or z.size == 0: raise ValueError(f"codes have shape {z.shape}; expected (n, d), neither of them 0")
     bad = ~np.isfinite(z); items, columns = bad.any(1).sum(), np.flatnonzero(bad.any(0)).tolist()
     if items: raise ValueError(f"codes are NaN or infinite in {items} items, columns {columns}; mend the model or leave these items out")
-    if np.abs(z).max() > 1e100: raise ValueError(f"codes reach {np.abs(z).max():.3g}, and squares of numbers beyond 1e100 overflow; scale the codes first")
+    if np.abs(z).max() > 1e100:
+        raise ValueError(f"codes reach {np.abs(z).max():.3g}, and squares of numbers beyond 1e100 overflow; scale the codes first")
     return z
 
 def _moves(z): # (n, d) -> (d,)
@@ -258,7 +260,7 @@ def _pool(info):
     many = np.array([len(c) > 1 for _, c in info.items.blocks]); hz = pool_columns(info.hz, info.items, np.max)
     return replace(info, mi=pool_columns(info.mi, info.items, np.max), joint=joint, hz=np.where(many, np.nan, hz))
 
-# %% ../../nbs/60_evaluation.metrics.ipynb #d0743c4f
+# %% ../../nbs/60_evaluation.metrics.ipynb #aa7dfa1a
 def measure(tables:list,         # Counts of `count_tables`, the last one for a factor with a single level
             items:Items,         # What was counted
             bins:int=20,         # Bins of the codes
@@ -293,7 +295,8 @@ def information(codes,               # Codes `(n, d)`, `Items`, or `Information`
                 **door):             # Passed to `read_items`
     "What every code tells of every factor, from binned counts."
     if isinstance(codes, Information):
-        return _once(codes, factors, bins=(bins, 20), how=(how, 'width'), coarse=(coarse, 'auto'), correct=(correct, False), estimator=(estimator, 'counts'), **{k: (x, None) for k, x in door.items()})
+        return _once(codes, factors, bins=(bins, 20), how=(how, 'width'), coarse=(coarse, 'auto'), correct=(correct, False),
+                     estimator=(estimator, 'counts'), **{k: (x, None) for k, x in door.items()})
     if estimator not in ('counts', 'knn'): raise ValueError(f"estimator is 'counts' or 'knn', not {estimator!r}")
     items = read_items(codes, factors, **door)
     if estimator == 'knn': return _measure_knn(items, factor_levels(items, bins, how, coarse), bins, correct)

@@ -6,10 +6,11 @@
 __all__ = ['SIZES', 'auc', 'explicitness', 'dci', 'block_leakage', 'infomec', 'capacity_explicitness', 'shuffle_importance',
            'dci_es']
 
-# %% ../../nbs/60a_evaluation.predictors.ipynb #b8c531e6
+# %% ../../nbs/60a_evaluation.predictors.ipynb #748a1154
 import math, warnings
 import numpy as np
-from .metrics import Score, completeness, disentanglement, entropy, factor_levels, fit_logistic, knn_information, pool_columns, read_items, _moves, _score, _split
+from .metrics import (Score, completeness, disentanglement, entropy, factor_levels, fit_logistic, knn_information,
+                                               pool_columns, read_items, _moves, _score, _split)
 
 # %% ../../nbs/60a_evaluation.predictors.ipynb #df1a4efb
 def auc(scores,  # Scores `(n, m)`

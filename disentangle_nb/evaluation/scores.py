@@ -158,7 +158,7 @@ def _halved_rows(f, sets, kw, plan):
     return [_row(f.__name__, p, {k: parts(s)[p] for k, s in found.items()}, [d[p] for d in draws], [d[p] for d in null], why, plan['level'],
                  'halves' if quick else 'halves, Student', not quick) for p in parts(found['value'])]
 
-# %% ../../nbs/60b_evaluation.scores.ipynb #a98ecad2
+# %% ../../nbs/60b_evaluation.scores.ipynb #a14c4d0e
 def _chosen(metrics):
     "Functions for a name, a function, several of them, or 'all'."
     if isinstance(metrics, str) and metrics == 'all': return list(METRICS.values())
@@ -171,7 +171,8 @@ def _sets(items, references, swapped):
         z = _codes(z)
         if k in COLUMNS: raise ValueError(f"a reference can't be called {k!r}, which is a column of the table")
         if len(z) != len(items.codes): raise ValueError(f"reference {k!r} has {len(z)} items, the codes {len(items.codes)}: encode the same items")
-        if items.blocks and z.shape != items.codes.shape: raise ValueError(f"reference {k!r} has shape {z.shape}; with blocks it needs that of the codes, {items.codes.shape}")
+        if items.blocks and z.shape != items.codes.shape:
+            raise ValueError(f"reference {k!r} has shape {z.shape}; with blocks it needs that of the codes, {items.codes.shape}")
         sets[k] = replace(items, codes=z)
     return {k: s.swap() for k, s in sets.items()} if swapped else sets
 
@@ -317,7 +318,7 @@ def check_metric(metric,            # Name or function of (codes, factors)
     if strict and not table.ok.all(): raise AssertionError(f"{f.__name__} fails:\n{table[~table.ok].to_string(index=False)}")
     return table
 
-# %% ../../nbs/60b_evaluation.scores.ipynb #6d019754
+# %% ../../nbs/60b_evaluation.scores.ipynb #f1b71101
 def _agreement(a, b, by, alpha):
     "How much each code of `a` tells of each code of `b`, `(d_a, d_b)`."
     from scipy.stats import rankdata
@@ -332,7 +333,8 @@ def _divergences(kl, codes):
     if len(kl) != len(codes): raise ValueError(f"{len(kl)} rows of divergences for {len(codes)} models")
     kl = [np.asarray(k, float) for k in kl]
     for i, (k, z) in enumerate(zip(kl, codes)):
-        if k.shape != z.shape[1:]: raise ValueError(f"model {i} has {z.shape[1]} codes and divergences of shape {k.shape}; give one number a code, the mean over items")
+        if k.shape != z.shape[1:]:
+            raise ValueError(f"model {i} has {z.shape[1]} codes and divergences of shape {k.shape}; give one number a code, the mean over items")
         if np.isnan(k).any(): raise ValueError(f"model {i} has divergences that are NaN, codes {np.flatnonzero(np.isnan(k)).tolist()}")
     return kl
 
