@@ -251,12 +251,12 @@ def progress_lines(folder,           # Where `log.csv` goes
                 writer.writeheader(), writer.writerows(rows)
     return Lines()
 
-# %% ../nbs/90_cli.ipynb #67d869cb
+# %% ../nbs/90_cli.ipynb #5f9b5c3f
 class NoteDesk:
     "Commands of the study of pitch and timbre."
     about = 'pitch and timbre in two Gaussian mixtures'
     measure, board, data = staticmethod(measure), staticmethod(board), staticmethod(lambda card: load_notes(card))
-    epochs = staticmethod(lambda card: card.epochs)
+    epochs, about_card = staticmethod(lambda card: card.epochs), staticmethod(lambda card: '')
 
     def module(self):
         from disentangle_nb.studies import gmvae
@@ -277,7 +277,7 @@ class NoteDesk:
             if data != card.data: card = card.replace(data=data, shifts=(), **OWN | (dict(split='cells', held=.1) if data == 'orchestra' else {}))
         return card, load_notes(card, system, args.known_only)
 
-# %% ../nbs/90_cli.ipynb #faa032c4
+# %% ../nbs/90_cli.ipynb #bb298d08
 class ToneDesk:
     "Commands of the study of sounds with known causes."
     about = 'tones with known causes, and objectives that look for them'
@@ -295,8 +295,7 @@ class ToneDesk:
         study = self.module()
         with told(CardError, ValueError):
             card = study.syntone_card(args.recipe, args.profile, seed=args.seed, **self.world(args.data)).override(args.set)
-            study.check_card(card)
-        return card
+            return study.check_card(card)
 
     def data(self, card):
         from disentangle_nb.audio import AudioError
@@ -306,6 +305,7 @@ class ToneDesk:
         with told(WorldError, TableError, AudioError, SoundFontError, OSError, ValueError): return self.module().study_data(card)
 
     def source(self, card): return card.data or card.world
+    def about_card(self, card): return f'{card.method} of strength {card.strength:g}, '
     def epochs(self, card): return self.module().study_epochs(card)
     def figures(self, system, data, folder): self.module().study_figures(system, data, folder)
     def about_data(self, data):
@@ -318,7 +318,7 @@ class ToneDesk:
         with told(CardError, ValueError):
             card = study.SynToneCard.from_dict(system.card['settings'])
             if args.data is not None: card = card.replace(faithful=False, **self.world(args.data))
-            study.check_card(card)
+            card = study.check_card(card)
         data = self.data(card)
         data.feature = system.feature
         return card, data
@@ -326,26 +326,29 @@ class ToneDesk:
     def measure(self, system, data, quick=False):
         from disentangle_nb.evaluation.scores import QUICK
         study = self.module()
-        out = study.evaluate_study(system, data, QUICK if quick else study.SCORES) | ({} if quick else study.latent_study(system.model, data))
-        return out | (dict(published=study.published_study(system.model, data)) if system.card['settings']['faithful'] and 'timbre' in data.world.names else {})
+        card, metrics = study.check_card(study.SynToneCard.from_dict(system.card['settings'])), QUICK if quick else study.SCORES
+        out = study.evaluate_study(system, data, metrics) | dict(baselines=study.baseline_study(card, metrics, data=data)) | ({} if quick else study.latent_study(system.model, data))
+        return out | (dict(published=study.published_study(system.model, data)) if card.faithful and 'timbre' in data.world.names else {})
 
     def board(self, result):
-        lines = ['What a linear reading of all latents tells of held-out cells (share of variance, or of clips)']
-        lines += [f'  {k:<40}{v:6.2f}' for k, v in result['probes'].items()]
-        r = result['recon']
-        lines += [f"  {'error, share of a constant answer':<40}{r['held']/r['constant']:6.2f}", f"  {'nats in all latents':<40}{sum(r['kl']):6.1f}", 'Scores of the means']
-        lines += [f'  {k:<40}{v:6.2f}' for k, v in result['scores']['mean'].items()]
-        for r in result.get('swap', []):
-            if r['condition'].startswith('swap') and r['condition'] != 'swap all' and r['measure'] in r['condition']:
-                lines.append(f"  {'exchanged, and it came along: ' + r['measure']:<40}{r['value']:6.2f}")
+        r, beside = result['recon'], [result['baselines'][k] for k in ('untrained', 'noise')]
+        row = lambda name, *v: f'  {name:<40}' + ''.join(f'{x:12.2f}' for x in v)
+        lines = [f"{'':<42}{'here':>12}{'untrained':>12}{'noise':>12}", 'What a linear reading of all latents tells of held-out cells (share of variance, or of clips)']
+        lines += [row(k, v, *(b['probes'][k] for b in beside)) for k, v in result['probes'].items()]
+        lines += ['Scores of the means']
+        lines += [row(k, v, *(b['scores']['mean'][k] for b in beside)) for k, v in result['scores']['mean'].items()]
+        lines += ['Reconstruction', row('error (1: a constant answer)', r['held']/r['constant']), row('nats in all latents', sum(r['kl']))]
+        swaps = {(s['condition'], s['measure']): s['value'] for s in result.get('swap', [])}
+        own = [m for c, m in swaps if c == f'swap {m}']
+        if own: lines += [f"{'Exchanged: share of pairs to which it came':<42}{'its own':>12}{'all latents':>12}", *(row(m, swaps[f'swap {m}', m], swaps['swap all', m]) for m in own)]
         if 'published' in result:
-            lines.append('As published (latents and causes exchanged), and as meant')
-            lines += [f'  {k:<40}{v[0]:6.3f}{w[0]:9.3f}' for (k, v), w in zip(result['published']['syntone'].items(), result['published']['syntone_correct'].values())]
+            lines.append(f"{'As published, ten draws':<42}{'exchanged':>12}{'as meant':>12}")
+            lines += [row(k, v[0], w[0]) for (k, v), w in zip(result['published']['syntone'].items(), result['published']['syntone_correct'].values())]
         return '\n'.join(lines)
 
 STUDIES = dict(gmvae=NoteDesk(), syntone=ToneDesk())
 
-# %% ../nbs/90_cli.ipynb #fdd11b53
+# %% ../nbs/90_cli.ipynb #1dd2e1ff
 PLANNED = 'move voice intervals'.split()
 
 def check_study(name:str):
@@ -366,7 +369,7 @@ def train_parser()->Parser:
     add('--out', metavar='DIR', help='run folder; out/STUDY-PROFILE-SEED if not given')
     add('--profile', choices=['quick', 'demo', 'cpu', 'paper'], default='cpu',
         help='size: quick (seconds), demo (gmvae: minutes), cpu (at most an hour on two cores), paper (a GPU)')
-    add('--recipe', choices=['ours', 'few_labels', 'faithful'], default='ours', help="this project's objective, its variant for few labels, or the published one")
+    add('--recipe', choices=['ours', 'few_labels', 'faithful'], default='ours', help="this project's objective, its variant for few labels (gmvae), or the published one")
     add('--seed', type=int, default=0, metavar='N', help='of weights, order and noise, from 0')
     add('--device', default='auto', help='auto, cpu, cuda, cuda:1 or mps')
     add('--resume', action='store_true', help='go on with an unfinished run in --out, from its last checkpoint')
@@ -418,7 +421,7 @@ def only_known(table,           # Notes
                         "--known-only leaves such notes out")
     return table
 
-# %% ../nbs/90_cli.ipynb #79bc293d
+# %% ../nbs/90_cli.ipynb #3c7a2b60
 def _begin(out, args, card):
     "Make the run folder and say what is about to happen."
     with told(OSError):
@@ -456,7 +459,7 @@ def _train(argv):
     card = desk.card(args, look=True)
     if claim(out, card.to_dict(), args.resume) == 'finished': return print(f'{out} is finished; nothing is left to do')
     data = desk.data(card)
-    print(f"training {args.study} ({args.recipe}, {args.profile}, seed {args.seed}) on {device}: {desk.about_data(data)}, {desk.epochs(card)} epochs", file=sys.stderr, flush=True)
+    print(f"training {args.study} ({args.recipe}, {args.profile}, seed {args.seed}) on {device}: {desk.about_card(card)}{desk.about_data(data)}, {desk.epochs(card)} epochs", file=sys.stderr, flush=True)
     _begin(out, args, card)
     _finish(_fit(card, args, device, data, out), data, args, card, out)
 
@@ -464,7 +467,7 @@ def train(argv=None)->int: # Exit status
     "`disentangle_train`: train a study's system."
     return command('disentangle_train', _train, argv)
 
-# %% ../nbs/90_cli.ipynb #dc76862e
+# %% ../nbs/90_cli.ipynb #bed1980d
 def open_run(name, device='cpu'): # A `Disentangler`
     "The system of a run folder, or one that ships."
     from disentangle_nb.models.system import CheckpointError, Disentangler
@@ -499,6 +502,7 @@ def _evaluate(argv):
         with told(OSError): write_json(args.json, dict(run=str(args.run), data=desk.source(card), card=system.card, provenance=provenance(), **numbers))
     wrote = [args.json] if args.json else []
     if args.figures:
+        print('drawing', file=sys.stderr, flush=True)
         with told(OSError): desk.figures(system, data, args.figures)
         wrote.append(args.figures)
     print(desk.board(numbers), *[f'wrote {w}' for w in wrote], sep='\n')

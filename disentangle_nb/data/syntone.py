@@ -528,7 +528,7 @@ def _facts(world, rows, seed):
     text = json.dumps(dict(format='disentangle_nb.tones', seed=seed, args=world.args))
     return small | facts | dict(indices=rows.numpy(), world=np.array(text)), {}
 
-# %% ../../nbs/10_data.syntone.ipynb #d6423c7b
+# %% ../../nbs/10_data.syntone.ipynb #b57294b4
 def write_tones(path,               # `.npz` to write
                 world:Tones,        # What to render: its whole grid
                 seed:int=0,         # Of the random phases and the noise
@@ -536,6 +536,7 @@ def write_tones(path,               # `.npz` to write
                 device='cpu',       # Where to render
                )->dict:             # Key -> shape, as written
     "Render a grid into a file, whole or not at all."
+    if world.weights: raise WorldError("a file keeps a whole grid, and this world draws some pairs only; write the whole one and hold out after reading")
     rows, dtype = world.grid(), torch.float64 if world.compat else torch.float32
     small, pickled = _facts(world, rows, seed)
     shape, compress = (len(rows), world.n_samples), world.compat if compress is None else compress

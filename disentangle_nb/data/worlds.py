@@ -29,7 +29,7 @@ def column_factor(table:pd.DataFrame, # One row a clip
     levels = sorted(set(v.tolist() if numbers else map(str, v)))
     return Factor(name, kind or ('ordinal' if numbers else 'nominal'), levels)
 
-# %% ../../nbs/12b_data.worlds.ipynb #73b51d9a
+# %% ../../nbs/12b_data.worlds.ipynb #f201d66e
 class TableWorld(FactorWorld):
     "Labelled clips as a world of factors."
     def __init__(self,
@@ -41,6 +41,8 @@ class TableWorld(FactorWorld):
                 ):
         if len(table) != len(clips) or not len(table):
             raise WorldError(f"a clip for each row is needed; got {len(table)} rows and {len(clips)} clips")
+        if strange := set(kinds or {}) - set(factors): raise WorldError(f"kinds are for the factors {list(factors)}; got {sorted(strange)}")
+        clips = torch.as_tensor(clips)
         made = [column_factor(table, name, c, (kinds or {}).get(name)) for name, c in factors.items()]
         super().__init__(made, sr, clips.shape[1])
         where = [{v: i for i, v in enumerate(f.levels)} for f in made]

@@ -7,14 +7,15 @@ __all__ = ['METRICS', 'BINNED', 'QUICK', 'DEFAULT', 'COLUMNS', 'ASKS', 'CONVENTI
            'DEAD', 'bootstrap_information', 'null_information', 'spread', 'halves', 'perfect_code', 'score',
            'score_table', 'sanity_cases', 'exact_cases', 'check_metric', 'udr']
 
-# %% ../../nbs/60b_evaluation.scores.ipynb #5340fa5a
+# %% ../../nbs/60b_evaluation.scores.ipynb #74a58054
 import inspect, math
+from functools import wraps
 import numpy as np
 from dataclasses import replace
 from importlib.metadata import version
 from ..core import progress
 from .metrics import (Information, beta_vae_score, binned, count_tables, dcimig, factor_vae_score, information, irs, jemmig, less_chance,
-                                               measure, mig, mig_sup, modularity, read_items, sap, _codes, _moves)
+                                               measure, mig, mig_sup, modularity, read_items, sap, Score, _codes, _moves)
 from .predictors import dci, dci_es, explicitness, infomec
 
 # %% ../../nbs/60b_evaluation.scores.ipynb #3a95ef5a
@@ -92,7 +93,7 @@ CONVENTIONS = dict(
                          'irs': dict(bins=20, coarse='all'), 'factor_vae_score': dict(_lib, prune=.05), 'dci': dict(exact=True, most=10**9)},
     syntone=_published, syntone_correct=_published)
 
-# %% ../../nbs/60b_evaluation.scores.ipynb #3ea442d0
+# %% ../../nbs/60b_evaluation.scores.ipynb #32d2dc26
 def _settings(name, metric, convention, given, settings):
     "Keywords of one metric: of the convention, then of the whole table, then its own."
     if convention not in CONVENTIONS: raise ValueError(f"no convention {convention!r}; there are {list(CONVENTIONS)}")
@@ -114,8 +115,11 @@ def score(codes,                     # Codes `(n, d)` or `Items`
     return f(items.swap() if convention == 'syntone' else items, **_settings(f.__name__, f, convention, {}, settings))
 
 def _metric(m):
-    "A metric by name; functions pass."
-    if callable(m): return m
+    "A metric by name; functions pass, and a number that one returns becomes a `Score`."
+    if callable(m):
+        @wraps(m)
+        def f(*args, **kw): return s if isinstance(s := m(*args, **kw), Score) else Score(float(s))
+        return m if m in METRICS.values() else f
     if m not in METRICS: raise ValueError(f"no metric {m!r}; there are {list(METRICS)}, or give a function")
     return METRICS[m]
 

@@ -105,7 +105,7 @@ class Dials(nn.Module):
         levels = ((z @ self.mix.T + 3)/6*self.top).round().long().cpu()
         return self.reader.feature.encode(world.render(levels.clamp(min=0).minimum(last), make_generator(0, 'dials')))
 
-# %% ../../nbs/72_synthesis.traverse.ipynb #f1d5b5b6
+# %% ../../nbs/72_synthesis.traverse.ipynb #2f327f82
 def sizes_of(model)->dict: # Factor -> latents, in the order of a flat code
     "How many latents each factor of a model has."
     if getattr(model, 'groups', None): return dict(model.groups)
@@ -121,6 +121,7 @@ def _home(model, z):
 
 def _codes(model, z):
     "Flat codes (…, d) that fit the model, on its device."
+    model = getattr(model, 'model', model)
     z, d = torch.as_tensor(z, dtype=torch.float32), len(latent_names(model))
     if z.ndim < 1 or z.shape[-1] != d:
         raise ValueError(f"{type(model).__name__} has {d} latents, so codes are (…, {d}); got {tuple(z.shape)}")

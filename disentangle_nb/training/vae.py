@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['world_loader', 'world_dls', 'Critic', 'Between', 'vae_learner']
 
-# %% ../../nbs/52a_training.vae.ipynb #b41fbe07
+# %% ../../nbs/52a_training.vae.ipynb #8a9112b4
 import torch
 from torch import nn
 from fastai.callback.core import Callback
@@ -15,11 +15,11 @@ from fastai.torch_core import trainable_params
 from fastcore.foundation import L
 from ..data.batches import BatchLoader
 from ..data.syntone import FactorWorld
-from ..features.tonemel import world_features
+from ..features.tonemel import same_rate, world_features
 from ..losses.tc import VAELoss
 from .learner import adam, system_learner
 
-# %% ../../nbs/52a_training.vae.ipynb #54035113
+# %% ../../nbs/52a_training.vae.ipynb #a3972479
 def world_loader(world:FactorWorld,   # Where clips come from
                  feature,             # `encode(wav) -> x`
                  rows:torch.Tensor,   # Choices (m, k); pairs of choices (m, 2, k)
@@ -30,18 +30,23 @@ def world_loader(world:FactorWorld,   # Where clips come from
                  **kw                 # `shuffle`, `drop_last`
                 )->BatchLoader:       # Of batches (x, choices); first clips of pairs before second ones
     "Batches of a world's clips."
+    same_rate(world, feature)
+    def made(tensors, how):
+        loader = BatchLoader(tensors, bs, seed=seed, device=device, augment=how, **kw)
+        loader.paired = rows.ndim == 3
+        return loader
     if live:
         def fill(batch, g):
             own = batch[0].transpose(0, 1).flatten(0, 1) if batch[0].ndim == 3 else batch[0]
             return feature.encode(world.render(own.cpu(), g, device)), own
-        return BatchLoader((rows,), bs, seed=seed, device=device, augment=fill, **kw)
+        return made((rows,), fill)
     x, own, which = world_features(world, feature, rows.flatten(0, -2), seed, device)
     own = own.to(x.device)
     def fetch(batch, g):
         i = batch[0].T.flatten() if batch[0].ndim == 2 else batch[0]
         return x.index_select(0, where[i]), own.index_select(0, i)
     where = which.to(x.device)
-    return BatchLoader((torch.arange(len(own)).view(rows.shape[:-1]),), bs, seed=seed, device=device, augment=fetch, **kw)
+    return made((torch.arange(len(own)).view(rows.shape[:-1]),), fetch)
 
 # %% ../../nbs/52a_training.vae.ipynb #bd1222f6
 def world_dls(world:FactorWorld,     # Where clips come from
@@ -91,11 +96,13 @@ class Critic(Callback):
         for k, v in tensors.items(): state.setdefault(int(k.split('.')[0]), {})[k.split('.')[1]] = v
         self.own.load_state_dict(self.own.state_dict() | dict(state=state))
 
-# %% ../../nbs/52a_training.vae.ipynb #9a27a7d1
+# %% ../../nbs/52a_training.vae.ipynb #e0f70a0d
 class Between(Callback):
     "Lends the objective's `between` to the model while it trains."
     order, run_valid = 40, False
-    def before_train(self): self.model.between = self.loss_func.between
+    def before_train(self):
+        if not getattr(self.dls.train, 'paired', True): raise ValueError("pairs are asked for, and the training clips are single ones; give `world_dls` pairs of choices (m, 2, k), as `world.pairs` makes them")
+        self.model.between = self.loss_func.between
     def after_train(self): self.model.between = None
     def after_cancel_train(self): self.model.between = None
 
