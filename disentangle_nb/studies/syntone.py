@@ -441,7 +441,7 @@ def rank_agreement(frame, names:list): # DataFrame (names, names)
     "Spearman correlation of scores over runs."
     return frame[names].corr('spearman')
 
-# %% ../../nbs/81_studies.syntone.ipynb #c806ca32
+# %% ../../nbs/81_studies.syntone.ipynb #aa7dc073
 FEW = dict(vae=(1., 4.), annealed=(10.,), factor=(20.,), tc=(4.,), dip1=(10.,), hf=(4.,), ada=(1.,))
 
 def study_grid(profile:str='cpu', # Size of every run
@@ -459,7 +459,8 @@ def pack_study(folder, # Of a sweep
     "Put the runs of a sweep into one file, with what needs all of them."
     runs = sorted((read_json(f) for f in Path(folder).glob('[!.]*.json')), key=lambda r: (METHODS.index(r['card']['method']), r['card']['strength'], r['card']['seed']))
     if not runs: raise FileNotFoundError(f"no finished run in {folder}; sweep(run_study, study_grid(), folder) makes them")
-    slim = with_udr([{k: r[k] for k in ('card', 'result')} for r in runs])
+    slim = [{k: r[k] for k in ('card', 'result')} for r in runs]
+    if all('codes' in r['result'] for r in slim): slim = with_udr(slim)
     file = Path(out or repo_root()/'data'/'results'/'syntone')/f'{name}.json'
     made = [r['provenance'] for r in runs if r.get('provenance')]
     same = lambda p: {k: v for k, v in p.items() if k != 'date'}
