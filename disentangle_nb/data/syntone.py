@@ -16,7 +16,7 @@ from fastcore.basics import patch
 import numpy as np, torch
 from ..core import atomic_path, make_generator, progress
 
-# %% ../../nbs/10_data.syntone.ipynb #5685f9d8
+# %% ../../nbs/10_data.syntone.ipynb #a0437465
 KINDS = ('nominal', 'ordinal', 'continuous', 'circular')
 
 class WorldError(ValueError):
@@ -42,8 +42,8 @@ class Factor:
         if not self.levels: raise WorldError(f"factor {self.name!r} has no levels; give at least one")
         if len(set(self.levels)) < len(self.levels):
             raise WorldError(f"factor {self.name!r} has a level twice among its {len(self.levels)}; name each once")
-        if self.kind != 'nominal' and not np.isfinite(self.values).all():
-            raise WorldError(f"levels of {self.name!r} are finite numbers; got {self.levels[:4]}")
+        if self.kind != 'nominal' and not (all(isinstance(v, (int, float, np.number)) for v in self.levels) and np.isfinite(self.values).all()):
+            raise WorldError(f"levels of {self.name!r} are finite numbers, as of everything but a nominal factor; got {self.levels[:4]}")
 
     def __len__(self): return len(self.levels)
 
@@ -111,13 +111,15 @@ def values(self:FactorWorld,
     cols = [self.column(n) for n in names or self.names]
     return np.stack([self.factors[c].values[np.asarray(indices)[:, c]] for c in cols], 1)
 
-# %% ../../nbs/10_data.syntone.ipynb #d095e472
+# %% ../../nbs/10_data.syntone.ipynb #3c49e8dc
 @patch
 def _held(self:FactorWorld, n, fixed):
     "Fixed level numbers (n, k), -1 where free."
     held = torch.full((n, len(self.sizes)), -1)
     for name, v in (fixed or {}).items():
-        c, v = self.column(name), torch.as_tensor(v)
+        c = self.column(name)
+        if isinstance(v, (str, float)): raise WorldError(f"a factor is fixed by the number of its level; world[{name!r}].at({v!r}) is that number")
+        v = torch.as_tensor(v)
         if v.is_floating_point() or (v < -1).any() or (v >= self.sizes[c]).any():
             raise WorldError(f"{name} has the levels 0 to {self.sizes[c] - 1} (-1 is free); got "
                              f"{v.flatten()[:4].tolist()}")
@@ -381,7 +383,7 @@ def _check_range(freqs, top, sr, dur, timbres, compat):
         warnings.warn(f"{out.mean():.0%} of the frequencies lie outside {lo:g} to {hi:g} Hz, where all waveforms can be "
                       "told apart; scores of timbre will be lower for it", stacklevel=4)
 
-# %% ../../nbs/10_data.syntone.ipynb #b0604337
+# %% ../../nbs/10_data.syntone.ipynb #3dbe659c
 class Tones(FactorWorld):
     "Tones of known waveform, amplitude and frequency, and more if wanted."
     def __init__(self,
@@ -397,6 +399,7 @@ class Tones(FactorWorld):
                 ):
         for name in extras:
             if name not in EXTRAS: raise unknown(name, EXTRAS, 'factor of a tone')
+        timbres = (timbres,) if isinstance(timbres, str) else tuple(timbres)
         for w in timbres:
             if w not in WAVES: raise unknown(w, WAVES, 'waveform')
         if sr <= 0 or not dur > 0 or round(sr*dur) < 2:

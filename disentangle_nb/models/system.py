@@ -138,7 +138,7 @@ def decode(self:Disentangler,
     wav = self.feature.decode(x, n_samples=max(n_samples or 0, hop * (self.size - 1)) if n_samples else None, **kw)
     return wav[..., :n_samples] if n_samples else wav
 
-# %% ../../nbs/30_models.system.ipynb #f3e2c325
+# %% ../../nbs/30_models.system.ipynb #c7fc757d
 @patch
 def index(self:Disentangler,
           factor:str, # One of the named factors
@@ -147,7 +147,7 @@ def index(self:Disentangler,
     "Look names up; a name that isn't there is an error that suggests."
     if factor not in self.factors:
         raise ValueError(f"this system has no factor {factor!r}; it has {', '.join(self.factors)}")
-    if factor not in self.vocabs: raise ValueError(f"the values of {factor!r} have no names here; {', '.join(self.vocabs)} can be edited by name")
+    if factor not in self.vocabs: raise ValueError(f"the values of {factor!r} have no names here; {', '.join(self.vocabs) or 'nothing'} can be edited by name. Encode, change the code, decode")
     names = self.vocabs[factor]
     values = value.tolist() if isinstance(value, torch.Tensor) else value
     values = [values] if isinstance(values, str) or not hasattr(values, '__len__') else list(values)
