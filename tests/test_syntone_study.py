@@ -35,7 +35,7 @@ def test_faithful_card_is_what_was_published():
 
 def test_every_method_has_its_objective():
     assert set(METHODS) == set(OBJECTIVES)
-    kinds = {m: type(OBJECTIVES[m](QUICK.replace(method=m), 100)).__name__ for m in METHODS}
+    kinds = {m: type(OBJECTIVES[m](check_card(QUICK.replace(method=m)), 100)).__name__ for m in METHODS}
     assert len(set(kinds.values())) == 7 and kinds['dip1'] == kinds['dip2']
     assert OBJECTIVES['dip2'](QUICK, 100).second and not OBJECTIVES['dip1'](QUICK, 100).second
 

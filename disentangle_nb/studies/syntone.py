@@ -163,6 +163,7 @@ def study_learner(card:SynToneCard, # Settings
     "A Learner for a card; the same card gives the same weights."
     from fastai.callback.schedule import SchedLin, SchedNo, combine_scheds
     from disentangle_nb.training.vae import vae_learner, world_dls
+    card = check_card(card)
     seed_everything(card.seed)
     train, valid = data.rows[~data.held], data.rows[data.held]
     if card.method == 'ada': train = torch.stack(data.train_world.pairs(len(train)//2, make_generator(card.seed, 'pairs')), 1)
