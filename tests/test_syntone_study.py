@@ -35,9 +35,10 @@ def test_faithful_card_is_what_was_published():
 
 def test_every_method_has_its_objective():
     assert set(METHODS) == set(OBJECTIVES)
-    kinds = {m: type(OBJECTIVES[m](check_card(QUICK.replace(method=m)), 100)).__name__ for m in METHODS}
+    made = {m: OBJECTIVES[m](check_card(QUICK.replace(method=m)), 100) for m in METHODS}
+    kinds = {m: type(loss).__name__ for m, loss in made.items()}
     assert len(set(kinds.values())) == 7 and kinds['dip1'] == kinds['dip2']
-    assert OBJECTIVES['dip2'](QUICK, 100).second and not OBJECTIVES['dip1'](QUICK, 100).second
+    assert made['dip2'].second and not made['dip1'].second and made['tc'].weights['tc'] == 4
 
 
 def test_held_out_cells_are_never_trained_on():
