@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from fastai.callback.all import *
-from fastai.callback.core import Callback, CancelEpochException, CancelFitException
+from fastai.callback.core import Callback, CancelEpochException, CancelFitException, _inner_loop
 from fastai.learner import AvgSmoothLoss, Learner, Metric
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import trainable_params
@@ -219,11 +219,16 @@ def param_groups(
 
 # %% ../../nbs/51_training.learner.ipynb #6c0c72e9
 class LateStart(Learner):
-    "Learner whose loop can begin at `first_epoch`, which a callback may set before a fit begins."
+    "Learner whose loop can begin at `first_epoch`, and whose steps ask only those callbacks that have an answer."
     first_epoch = 0
     def _do_fit(self):
         first, self.first_epoch = self.first_epoch, 0
         for self.epoch in range(first, self.n_epoch): self._with_events(self._do_epoch, 'epoch', CancelEpochException)
+
+    def _call_one(self, event_name):
+        if event_name not in _inner_loop: return super()._call_one(event_name)
+        for cb in sorted(self.cbs, key=lambda cb: cb.order):
+            if hasattr(type(cb), event_name) or event_name in vars(cb): cb(event_name)
 
 # %% ../../nbs/51_training.learner.ipynb #4069fa22
 def watched()->bool: # Whether anybody sees a progress bar
