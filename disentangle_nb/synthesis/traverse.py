@@ -121,7 +121,6 @@ def _home(model, z):
 
 def _codes(model, z):
     "Flat codes (…, d) that fit the model, on its device."
-    model = getattr(model, 'model', model)
     z, d = torch.as_tensor(z, dtype=torch.float32), len(latent_names(model))
     if z.ndim < 1 or z.shape[-1] != d:
         raise ValueError(f"{type(model).__name__} has {d} latents, so codes are (…, {d}); got {tuple(z.shape)}")
