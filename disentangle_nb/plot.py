@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['signed_map', 'panels', 'show_wave', 'to_db', 'show_spec', 'show_matrix', 'plane', 'show_latent', 'show_curves',
-           'same_loudness', 'players', 'player', 'show_pair']
+           'same_loudness', 'players', 'player', 'show_pair', 'animate']
 
 # %% ../nbs/02_plot.ipynb #db2b9b9c
 import numpy as np
@@ -280,3 +280,28 @@ def show_pair(before,                      # Clip `(t,)`
     display(axes[0].figure)
     plt.close(axes[0].figure)
     return players(dict(zip(labels, wavs)), sr)
+
+# %% ../nbs/02_plot.ipynb #3ea00612
+def animate(path,         # GIF to write
+            draw,         # Frame number -> figure, axes or a list of axes
+            n:int,        # Frames
+            ms:int=200,   # Time a frame, ms, in tens
+            dpi:int=50,   # Points an inch of the figures
+            colors:int=32, # Of each frame
+           ):             # The path
+    "Draw frames into an animated GIF that repeats for ever."
+    import io
+    import matplotlib.pyplot as plt
+    from PIL import Image
+    from disentangle_nb.core import atomic_path, progress
+    if n < 1 or ms < 20: raise ValueError(f"an animation has a frame or more, 20 ms or more each; got {n} of {ms}")
+    frames = []
+    for i in progress(range(n), desc='frames'):
+        drawn = draw(i)
+        fig = drawn if hasattr(drawn, 'savefig') else np.ravel(drawn)[0].figure
+        fig.savefig(png := io.BytesIO(), format='png', dpi=dpi, facecolor='w')
+        plt.close(fig)
+        frames.append(Image.open(png).convert('RGB').quantize(colors))
+    with atomic_path(path) as tmp:
+        frames[0].save(tmp, format='GIF', save_all=True, append_images=frames[1:], duration=ms, loop=0)
+    return path

@@ -6,19 +6,19 @@
 __all__ = ['Reader', 'off_by', 'typical', 'reader_accuracy', 'Dials', 'sizes_of', 'latent_names', 'codes_of', 'inputs_of', 'walk',
            'traversal', 'show_traversal', 'between', 'rulers', 'hear', 'move_latents', 'latent_table', 'show_moves',
            'latent_plane', 'show_plane', 'latent_owner', 'plan_pairs', 'swap_latents', 'swap_table', 'show_sounds',
-           'animate', 'animate_pairs', 'animate_samples', 'animate_traversal']
+           'animate_pairs', 'animate_samples', 'animate_traversal']
 
-# %% ../../nbs/72_synthesis.traverse.ipynb #40fcb455
-import io, math
+# %% ../../nbs/72_synthesis.traverse.ipynb #177618c6
+import math
 import numpy as np, torch
 from torch import nn
-from ..core import atomic_path, make_generator, progress
+from ..core import make_generator, progress
 from ..data.syntone import FactorWorld, WorldError, unknown
 from ..evaluation.metrics import information
 from ..evaluation.probes import bootstrap
 from ..evaluation.swap import listen
 from ..features.tonemel import world_features
-from ..plot import panels, show_curves, show_spec, show_wave
+from ..plot import animate, panels, show_curves, show_spec, show_wave
 
 # %% ../../nbs/72_synthesis.traverse.ipynb #002b8a7d
 class Reader:
@@ -105,7 +105,7 @@ class Dials(nn.Module):
         levels = ((z @ self.mix.T + 3)/6*self.top).round().long().cpu()
         return self.reader.feature.encode(world.render(levels.clamp(min=0).minimum(last), make_generator(0, 'dials')))
 
-# %% ../../nbs/72_synthesis.traverse.ipynb #2f327f82
+# %% ../../nbs/72_synthesis.traverse.ipynb #f1d5b5b6
 def sizes_of(model)->dict: # Factor -> latents, in the order of a flat code
     "How many latents each factor of a model has."
     if getattr(model, 'groups', None): return dict(model.groups)
@@ -517,29 +517,7 @@ def show_sounds(sounds:dict,     # Row's name -> (wav (t,), input (f, n))
     np.ravel(axes)[0].figure.suptitle(title or '', fontsize=10, x=.02, ha='left')
     return axes
 
-# %% ../../nbs/72_synthesis.traverse.ipynb #bd115427
-def animate(path,         # GIF to write
-            draw,         # Frame number -> figure, axes or a list of axes
-            n:int,        # Frames
-            ms:int=200,   # Time a frame, ms, in tens
-            dpi:int=50,   # Points an inch of the figures
-            colors:int=32, # Of each frame
-           ):             # The path
-    "Draw frames into an animated GIF that repeats for ever."
-    import matplotlib.pyplot as plt
-    from PIL import Image
-    if n < 1 or ms < 20: raise ValueError(f"an animation has a frame or more, 20 ms or more each; got {n} of {ms}")
-    frames = []
-    for i in progress(range(n), desc='frames'):
-        drawn = draw(i)
-        fig = drawn if hasattr(drawn, 'savefig') else np.ravel(drawn)[0].figure
-        fig.savefig(png := io.BytesIO(), format='png', dpi=dpi, facecolor='w')
-        plt.close(fig)
-        frames.append(Image.open(png).convert('RGB').quantize(colors))
-    with atomic_path(path) as tmp:
-        frames[0].save(tmp, format='GIF', save_all=True, append_images=frames[1:], duration=ms, loop=0)
-    return path
-
+# %% ../../nbs/72_synthesis.traverse.ipynb #72bb13b6
 def animate_pairs(path,             # GIF to write
                   feature,          # That the inputs belong to
                   wav:torch.Tensor, # Originals, (n, t)
