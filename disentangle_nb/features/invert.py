@@ -91,25 +91,28 @@ def mel_error_db(mel:torch.Tensor,   # Mel power `(b, m, n)`
     err = 10 * (torch.maximum(mel, low) / torch.maximum(ref, low)).log10()
     return err.flatten(1).square().mean(1).sqrt()
 
-# %% ../../nbs/20_features.invert.ipynb #6d6017a2
+# %% ../../nbs/20_features.invert.ipynb #3a548b97
 def spectral_convergence(wav:torch.Tensor,  # Clips `(b, t)`
                          mag:torch.Tensor,  # Wanted magnitudes `(b, f, n)`
                          n_fft:int=2048,    # Samples in a frame
                          hop:int=256,       # Samples between frames
+                         analyse=None,      # Another transform `(b, t) -> (b, f, n)` to measure with; then `n_fft` and `hop` rest
                         )->torch.Tensor:    # Relative error `(b,)`, 0 is perfect
     "How far the spectra of `wav` are from `mag`, relative to the size of `mag`."
-    err = stft(wav, n_fft, hop).abs() - mag
+    err = (stft(wav, n_fft, hop) if analyse is None else analyse(wav)).abs() - mag
     return err.flatten(1).norm(dim=1) / mag.flatten(1).norm(dim=1).clamp(min=1e-12)
 
-# %% ../../nbs/20_features.invert.ipynb #21ff85a9
+# %% ../../nbs/20_features.invert.ipynb #69dfa0bc
 def partials(mag:torch.Tensor,  # Magnitudes `(b, n, f)`, frames before bins
+             between=None,      # From $r$ to $\delta$ for another window than Hann's in time
             )->tuple:           # For each bin the nearest peak's bin, and its frequency in bins, `(b, n, f)`
     "Which peak each bin belongs to, and where between the bins that peak is."
     f = mag.shape[-1]
     k = torch.arange(f, device=mag.device)
     a, d, c = (mag + 1e-9).unfold(-1, 3, 1).unbind(-1)
     peak, r = F.pad((d >= a) & (d > c), (1, 1)), torch.maximum(a, c) / d
-    shift = F.pad(((2*r - 1) / (r + 1)).clamp(0, .5) * torch.where(c > a, 1., -1.), (1, 1))
+    away = (2*r - 1) / (r + 1) if between is None else between(r)
+    shift = F.pad(away.clamp(0, .5) * torch.where(c > a, 1., -1.), (1, 1))
     left = torch.where(peak, k, -f).cummax(-1).values
     right = torch.where(peak, k, 2*f).flip(-1).cummin(-1).values.flip(-1)
     near = torch.where(k - left <= right - k, left, right)
