@@ -70,9 +70,11 @@ def test_portions_and_precision_do_not_matter():
 
 def test_scaling_the_latents_changes_nothing():
     f, (a, b), scale = network().double(), pairs(5).double(), torch.tensor([1., 100., .01]).double()
-    plain, _ = optimised(f, a, b, steps=12, ridge=0)
-    scaled, _ = optimised(lambda z: f(z/scale), a*scale, b*scale, steps=12, ridge=0)
+    plain, _ = optimised(f, a, b, steps=12)
+    scaled, _ = optimised(lambda z: f(z/scale), a*scale, b*scale, steps=12)
     torch.testing.assert_close(scaled/scale, plain, rtol=1e-4, atol=1e-4)
+    shots = shoot(lambda z: f(z/scale), a*scale, (b - a)*scale, 12)/scale
+    torch.testing.assert_close(shots, shoot(f, a, b - a, 12), rtol=1e-4, atol=1e-4)
 
 
 def test_lengths_on_the_globe_are_angles():

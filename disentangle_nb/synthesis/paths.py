@@ -83,7 +83,7 @@ def metric(f, z):
     J = jacobian(f, z)
     return J.mT @ J
 
-# %% ../../nbs/71_synthesis.paths.ipynb #7ad363e3
+# %% ../../nbs/71_synthesis.paths.ipynb #0629c226
 def _bands(A, B):
     "Symmetric matrices (p, k*d, k*d) from diagonal blocks (p, k, d, d) and those above it (p, k - 1, d, d)."
     p, k, d, _ = A.shape
@@ -93,10 +93,10 @@ def _bands(A, B):
     return H.permute(2, 0, 3, 1, 4).reshape(p, k*d, k*d)
 
 def _ridged(M, b, ridge):
-    "Solve M x = b (…, d) in double precision on the CPU, `ridge` times the mean diagonal added."
+    "Solve M x = b (…, d) in double precision on the CPU, the diagonal of M larger by the share `ridge`."
     M, v = M.double().cpu(), b.double().cpu()
-    level = M.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    return torch.linalg.solve(M + (ridge*level + 1e-30)*torch.eye(M.shape[-1]), v[..., None])[..., 0].to(b)
+    M = M + torch.diag_embed(ridge*M.diagonal(dim1=-2, dim2=-1) + 1e-30)
+    return torch.linalg.solve(M, v[..., None])[..., 0].to(b)
 
 def _downhill(f, path, ridge):
     "Gauss-Newton step for the inner points (p, s - 2, d), and its length next to the path's, squared (p,)."
@@ -107,7 +107,7 @@ def _downhill(f, path, ridge):
     step = -_ridged(H, g.flatten(1), ridge).view_as(g)
     return step, (-(g*step).sum((1, 2))/x.diff(dim=1).square().sum((1, 2))).nan_to_num(0)
 
-# %% ../../nbs/71_synthesis.paths.ipynb #811add2f
+# %% ../../nbs/71_synthesis.paths.ipynb #9b0e479c
 @torch.no_grad()
 def optimised(f,              # Decoder: codes (n, d) -> (n, …)
               a:torch.Tensor, # Codes to start from, (p, d)
@@ -115,7 +115,7 @@ def optimised(f,              # Decoder: codes (n, d) -> (n, …)
               steps:int=40,   # Points of the path, both ends included
               max_iter:int=200, # Gauss-Newton steps at most
               tol:float=1e-4, # Done when the next step is so short, relative to the path in data space
-              ridge:float=1e-6, # Added to the system, relative to its mean diagonal
+              ridge:float=1e-6, # Added to the system's diagonal, relative to it
              )->tuple:        # Paths (p, s, d); dict of `energy` (iterations + 1, p), `iterations`, `converged`, `rest` (p,)
     "Paths of least energy between codes, found from the straight line."
     path = line(a, b, steps)
@@ -218,7 +218,7 @@ def _unit(v, like):
     w = like.norm(dim=-1, keepdim=True)/v.norm(dim=-1, keepdim=True).clamp(min=1e-30)
     return v*w, w
 
-# %% ../../nbs/71_synthesis.paths.ipynb #d3bb23c7
+# %% ../../nbs/71_synthesis.paths.ipynb #39b2a292
 @torch.no_grad()
 def shoot(f,               # Decoder: codes (n, d) -> (n, …)
           start:torch.Tensor, # Codes, (p, d)
@@ -226,7 +226,7 @@ def shoot(f,               # Decoder: codes (n, d) -> (n, …)
           steps:int=40,    # Points of the path
           dt:float=None,   # Time from point to point; 1/(steps - 1) if not given, 1 in all
           faithful:bool=False, # Walk as published: one step along the tangent, the tangent carried on
-          ridge:float=1e-6, # Added to the metric, relative to its mean diagonal
+          ridge:float=1e-6, # Added to the metric's diagonal, relative to it
          )->torch.Tensor:  # Paths, (p, s, d)
     "Geodesics that leave codes in given directions, at constant speed in data space."
     path = [line(start, start + tangent, steps)[..., 0, :]]
