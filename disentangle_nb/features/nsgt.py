@@ -59,7 +59,7 @@ def lowest_fmax(n_bins:int=500,  # Rows
         lo, hi = (lo, mid) if sr/2 - f[-2] <= f[-1] - f[-3] else (mid, hi)
     return float(hi)
 
-# %% ../../nbs/21_features.nsgt.ipynb #55f4f6e4
+# %% ../../nbs/21_features.nsgt.ipynb #fadc6864
 class NSGT(nn.Module):
     "Painless non-stationary Gabor frame for real clips of one length, and its exact dual."
     def __init__(self,
@@ -82,8 +82,7 @@ class NSGT(nn.Module):
     @property
     def frame_rate(self): return self.N*self.sr/self.L
     def phases(self, mag): # Of magnitudes `(b, f, N)`: partials that run on, a start for the search
-        rows = torch.cat([torch.zeros(1).double(), self.freqs, torch.tensor([self.sr/2]).double()])
-        return gradient_phases(mag, rows, self.frame_rate, self.centre*self.sr/self.L)
+        return gradient_phases(mag, self.centre*self.sr/self.L, self.frame_rate)
     def __repr__(self): return f"NSGT({len(self.freqs)} rows {self.freqs[0]:.1f}-{self.freqs[-1]:.0f} Hz, {self.L} samples at {self.sr} Hz, {self.N} frames, {self.frame_rate:g} a second)"
 
 # %% ../../nbs/21_features.nsgt.ipynb #ec771fb6

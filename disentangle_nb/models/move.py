@@ -76,7 +76,7 @@ class Own(nn.Module):
         each = self.conv(h.repeat(1, self.k, 1, 1)).unflatten(1, (self.k, -1))
         return each[torch.arange(len(h), device=h.device), own]
 
-# %% ../../nbs/33_models.move.ipynb #44f89968
+# %% ../../nbs/33_models.move.ipynb #0e32734e
 WIDE = dict(channels=(16, 32), hidden=(1024, 512, 256), kernel=(11, 5), last=(9, 3))
 
 class MoVE(nn.Module):
@@ -109,9 +109,6 @@ class MoVE(nn.Module):
         sizes = dict(timbre=n_timbre, pitch=21)
         self.film_in = FiLM(sum(sizes[s] for s in encoder), [*channels, *hidden], film)
         self.film_out = FiLM(sum(sizes[s] for s in decoder), [*hidden[::-1], math.prod(self.top), channels[0], channels[0], 1], film)
-
-    @property
-    def size(self): return self.args['n_bins'], self.args['n_frames']
 
 # %% ../../nbs/33_models.move.ipynb #66f3076f
 @patch
@@ -224,7 +221,7 @@ def encode(self:MoVE,
     if timbre is None: timbre = self.component('timbre', self.likeliest(x[:, None], pitch[:, None])).to(x)
     return dict(z=self.posterior(x, timbre, pitch)[0], timbre=timbre, pitch=pitch)
 
-# %% ../../nbs/33_models.move.ipynb #4b774325
+# %% ../../nbs/33_models.move.ipynb #9d2dc529
 @patch
 def component(self:MoVE,
               factor:str,       # 'timbre' or 'pitch'
@@ -233,6 +230,14 @@ def component(self:MoVE,
     "The code of a name."
     if factor == 'timbre': return F.one_hot(idx, self.args['n_timbre']).float()
     return pitch_code(self._pitches(idx.device)[idx]).to(idx.device)
+
+@patch
+def notes(self:MoVE,
+          midi:torch.Tensor, # MIDI numbers, fractions allowed; NaN where there is no pitch
+         )->torch.Tensor:    # Codes `(..., 21)`
+    "Codes of notes as a tracker hears them, octaves beyond the code's ends folded back."
+    midi = torch.where(midi < 12, midi % 12 + 12, torch.where(midi >= 119, midi % 12 + 96, midi))
+    return pitch_code(midi)
 
 @patch
 def _pitches(self:MoVE, device): return torch.tensor(self.args['pitches'] or list(range(12, 120)), device=device)
