@@ -52,7 +52,7 @@ class MoveCard(RunCard):
 PAIR = dict(instruments=('Alto-Saxophone', 'Violin'), columns=32, epochs=80)
 profiles = dict(quick=dict(n_bins=125, instruments=('Alto-Saxophone', 'Violin'), columns=16, epochs=12, lr=2e-3), cpu=dict(), paper=dict(wide=True, dur=5., columns=32, epochs=150))
 
-# %% ../../nbs/82_studies.move.ipynb #96c98499
+# %% ../../nbs/82_studies.move.ipynb #68a6ca77
 def move_card(preset:str='move_multi', # Rung of the ladder
               profile:str='cpu',       # 'quick', 'cpu' or 'paper'
               **changes                # Settings that differ
@@ -84,13 +84,14 @@ def study_table(card:MoveCard)->pd.DataFrame: # Notes with `split`
         table = table[table.midi.between(card.low, card.high) & (table.instrument.isin(card.instruments) if card.instruments else True)].reset_index(drop=True)
     return hold_fifth(table, card.division)
 
-def study_data(card:MoveCard, # Settings
+def study_data(card:MoveCard,       # Settings
+               feature=None,        # Of a system that exists; one in the scale of the training notes when None
                keep_wav:bool=False, # Keep the clips too
-              )->NoteData:    # Whole slices of every note, 'train' and 'valid'
-    "Notes as frames, in the scale of the training notes."
-    feature = NSGTMel(n_bins=card.n_bins)
+              )->NoteData:          # Whole slices of every note, 'train' and 'valid'
+    "Notes as frames."
+    fit, feature = feature is None, feature or NSGTMel(n_bins=card.n_bins)
     frames = feature.shape(round(card.dur*feature.sr))[1]//16*16
-    return note_data(study_table(card), feature, dur=card.dur, frames=frames, fit_range=True, keep_wav=keep_wav)
+    return note_data(study_table(card), feature, dur=card.dur, frames=frames, fit_range=fit, keep_wav=keep_wav)
 
 # %% ../../nbs/82_studies.move.ipynb #8acf46ac
 def study_learner(card:MoveCard, data:NoteData, device='cpu', cbs=()): # A Learner
