@@ -23,7 +23,7 @@ def transfer_ratio(moved:torch.Tensor,  # Transferred slices `(b, ...)`, in the 
     d = {k: v.item() for k, v in d.items()}
     return dict(ratio=(d['moved'] - d['target'])/(d['source'] - d['target']), **d)
 
-# %% ../../nbs/63_evaluation.distributions.ipynb #5c08da3e
+# %% ../../nbs/63_evaluation.distributions.ipynb #4ed6f71b
 def neighbours(x:torch.Tensor, # Real slices `(b, ...)`
                y,              # Their labels `(b,)`
                k:int=5,        # How many vote
@@ -36,7 +36,7 @@ def neighbours(x:torch.Tensor, # Real slices `(b, ...)`
     from sklearn.pipeline import make_pipeline
     flat = lambda v: torch.as_tensor(v).flatten(1).numpy()
     dims = min(dims, len(x) - 1, flat(x).shape[1])
-    judge = make_pipeline(PCA(dims, random_state=seed, svd_solver='randomized'), KNeighborsClassifier(k)).fit(flat(x), np.asarray(y))
+    judge = make_pipeline(PCA(dims, whiten=True, random_state=seed, svd_solver='randomized'), KNeighborsClassifier(k)).fit(flat(x), np.asarray(y))
     return lambda v: judge.predict(flat(v))
 
 def two_sample(a:torch.Tensor, # Slices `(b, ...)`

@@ -26,7 +26,7 @@ from ..models.move import PRESETS, move_model
 from ..models.system import Disentangler
 from ..training.move import move_dls, move_learner
 
-# %% ../../nbs/82_studies.move.ipynb #cdeb8e91
+# %% ../../nbs/82_studies.move.ipynb #0273a14b
 @dataclass(frozen=True)
 class MoveCard(RunCard):
     "Everything that decides the outcome of a MoVE run."
@@ -49,7 +49,7 @@ class MoveCard(RunCard):
     bf16:bool = False                 # bfloat16 products where the device has them
     seed:int = 0                      # Weights, columns, places, noise
 
-PAIR = dict(instruments=('Alto-Saxophone', 'Violin'), columns=32, epochs=80)
+PAIR = dict(instruments=('Alto-Saxophone', 'Violin'), columns=32, epochs=50)
 profiles = dict(quick=dict(n_bins=125, instruments=('Alto-Saxophone', 'Violin'), columns=16, epochs=12, lr=2e-3), cpu=dict(), paper=dict(wide=True, dur=5., columns=32, epochs=150))
 
 # %% ../../nbs/82_studies.move.ipynb #68a6ca77
@@ -191,7 +191,7 @@ def baseline_study(data:NoteData)->dict: # name -> as `quality`
     three = torch.from_numpy(pca.inverse_transform(pca.transform(va.x.flatten(1).numpy()))).float().view_as(va.x)
     return {'mean of instrument and note': quality(mean, va, feature), 'three components': quality(three, va, feature)}
 
-# %% ../../nbs/82_studies.move.ipynb #21dd6a73
+# %% ../../nbs/82_studies.move.ipynb #630fef5e
 def transfer_study(model, data:NoteData)->dict: # 'pairs': list of dicts; 'ratio', 'called', 'before', 'real': means with intervals
     "Populations of transferred slices against real ones."
     tr, va = slices_of(data, 'train'), slices_of(data, 'valid')
@@ -203,17 +203,18 @@ def transfer_study(model, data:NoteData)->dict: # 'pairs': list of dicts; 'ratio
             src, tgt = va.where(ia), va.where(ib)
             moved = played(model, src, b)
             called = judge(moved) == b
-            rows.append(dict(source=names[a], target=names[b], **transfer_ratio(moved, src.x, tgt.x), called=note_interval(lambda i: called[i].mean(), src.note),
+            rows.append({'from': names[a], 'to': names[b]} | dict(**transfer_ratio(moved, src.x, tgt.x), called=note_interval(lambda i: called[i].mean(), src.note),
                              before=float((real[ia] == b).mean()), real=float((real[ib] == b).mean()), told=two_sample(moved, tgt.x, torch.cat([src.midi*1000 + src.level, tgt.midi*1000 + tgt.level]))))
     mean = lambda k: float(np.mean([r[k][0] if isinstance(r[k], tuple) else r[k] for r in rows]))
     return dict(pairs=rows, **{k: mean(k) for k in ('ratio', 'called', 'before', 'real', 'told')})
 
-# %% ../../nbs/82_studies.move.ipynb #ae5c2190
+# %% ../../nbs/82_studies.move.ipynb #fbb9012f
 EIGHT = 'centroid flatness rolloff loudness bandwidth inharmonicity sharpness tristimulus'.split()
 
 def described(x, midi, feature)->dict: # descriptor -> `(b,)`, the median over a slice's frames
     "Descriptors of slices."
-    d = [describe(feature.amplitude(v), feature.freqs, midi_to_hz(m.double()).float()) for v, m in zip(x.split(64), midi.split(64))]
+    amp = (x*feature.scale + feature.mean).clamp(min=feature.floor).exp()
+    d = [describe(v, feature.freqs, midi_to_hz(m.double()).float()) for v, m in zip(amp.split(64), midi.split(64))]
     return {k: torch.cat([v[k] for v in d]).nanmedian(-1).values for k in EIGHT}
 
 def descriptor_study(model, data:NoteData)->dict: # 'share': descriptor -> what is left of the way, over pairs; 'centroid_moves': share of notes; 'pairs'
@@ -224,7 +225,7 @@ def descriptor_study(model, data:NoteData)->dict: # 'share': descriptor -> what 
             ia, ib = partners(va, a, b)
             src, tgt = va.where(ia), va.where(ib)
             before, after, goal = described(src.x, src.midi, data.feature), described(played(model, src, b), src.midi, data.feature), described(tgt.x, tgt.midi, data.feature)
-            rows.append(dict(source=names[a], target=names[b], **{k: (carried(after[k], goal[k]), carried(before[k], goal[k])) for k in EIGHT}))
+            rows.append({'from': names[a], 'to': names[b]} | dict(**{k: (carried(after[k], goal[k]), carried(before[k], goal[k])) for k in EIGHT}))
             each = lambda d: d['centroid'].unflatten(0, (len(src.note.unique()), -1)).nanmean(1)
             moves.append((each(after) - each(before))*(each(goal).nanmean() - each(before)) > 0)
     share = {k: sum(r[k][0] for r in rows)/max(1e-12, sum(r[k][1] for r in rows)) for k in EIGHT}
