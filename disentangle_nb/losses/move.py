@@ -32,7 +32,7 @@ class Frozen:
     def __init__(self, m): self.m = m
     def __call__(self, x): return torch.func.functional_call(self.m, {k: v.detach() for k, v in self.m.named_parameters()}, (x,))
 
-# %% ../../nbs/42a_losses.move.ipynb #023aa2b3
+# %% ../../nbs/42a_losses.move.ipynb #236ac605
 WEIGHTS = dict(recon=1., kl=1., translate=100., prior=100., cycle=1., gan=10.)
 
 class MoveLoss(nn.Module):
@@ -73,7 +73,7 @@ class MoveLoss(nn.Module):
                )->torch.Tensor:
         recon = self.nats(out['x'], out['x_hat'])
         terms = dict(recon=(recon, 1.)) | self.latent(out)
-        if 'x_to' in out and self.translate: terms |= self.translation(out, whole)
+        if 'x_to' in out and self.translate and whole.sum() > 1: terms |= self.translation(out, whole)
         if 'x_back' in out and self.cycle:
             terms |= dict(cycle=(self.nats(out['x'], out['x_back']) + self.weights['kl']*kl_nats(out['mu_back'], out['logvar_back']).mean(), 1.))
         total = sum(self.weights[k]*share*v for k, (v, share) in terms.items())
