@@ -297,13 +297,13 @@ def path_audio(system:Disentangler, # Trained
     return system.feature.decode(path_frames(x, join)[None], n_iter=n_iter)[0]
 
 # %% ../../nbs/71_synthesis.paths.ipynb #8a9186f0
-def spectra_of(feature,        # Has `magnitude(x)` or `power(x)`
+def spectra_of(feature,        # Has `amplitude(x)` or `power(x)`
                x:torch.Tensor, # Inputs, (s, f, k)
               )->torch.Tensor: # Linear amplitude averaged over frames, (s, f)
     "Spectrum of each point of a path."
-    if hasattr(feature, 'magnitude'): return feature.magnitude(x).mean(-1)
+    if hasattr(feature, 'amplitude'): return feature.amplitude(x).mean(-1)
     if hasattr(feature, 'power'): return feature.power(x).sqrt().mean(-1)
-    raise ValueError(f"{type(feature).__name__} has neither `magnitude` nor `power`, so its inputs have no amplitude")
+    raise ValueError(f"{type(feature).__name__} has neither `amplitude` nor `power`, so its inputs have no amplitude")
 
 def _three(path):
     "A path (s, d) in three dimensions: its own, with zeros, or those of largest extent."
