@@ -214,5 +214,17 @@ def test_pitches_that_were_not_trained_give_way():
     assert code['timbre'].tolist() == [[0, 1]] and code['z'].tolist() == [[0, 2, 0]]
     assert code['pitch'][0].nonzero()[:, 0].tolist() == [(74 - 9) % 12, 12 + 5]
     assert e.sound().shape == (22050,) and PITCH_CLASSES[0] == 'C'
+    with torch.no_grad(): system.model.up[2].conv.bias.fill_(-50.)  # nothing but silence
+    assert e.sound().abs().max() == 0 and e.caption({}).endswith('silence')
+    assert 'NaN' not in explorer_html(system, choices=dict(pitch=[60]), most=20)
     with torch.no_grad(): [p.fill_(torch.nan) for p in system.model.parameters()]
     with pytest.raises(ValueError, match='NaN'): e.sound()
+
+
+def test_of_many_latents_those_that_change_most_get_sliders(system):
+    from disentangle_nb.models.vae import SmallVAE
+    tones = Disentangler.load('tones-small', 'cpu')
+    torch.manual_seed(0)
+    e = Explorer(Disentangler(tones.feature, SmallVAE(n_mels=64, n_frames=16, latent=12, channels=[16, 32, 48, 64]), {}))
+    left = sorted(e.sway, key=e.sway.get)[:2]
+    assert len(e.sliders) == 10 and not {*left} & {*e.controls} and e.codes([{}])['z'].shape == (1, 12)

@@ -402,7 +402,7 @@ def page_plan(explorer, choices=None, most:int=400)->tuple: # Menus, plane: slid
     if steps is None: raise ValueError(f"{n} combinations of the menus are too many for a page of {most} sounds; offer fewer with choices")
     return menus, {k: [round(v, 3) for v in np.linspace(-.75, .75, steps)*explorer.controls[k].reach] for k in shown}
 
-# %% ../../nbs/73_synthesis.explore.ipynb #2b7403f6
+# %% ../../nbs/73_synthesis.explore.ipynb #fd98607f
 def page_data(explorer:Explorer, # Of the system to show
               dur:float=.45,     # Longest sound, s
               choices:dict=None, # As for `page_menus`
@@ -422,8 +422,9 @@ def page_data(explorer:Explorer, # Of the system to show
     db, hz = torch.cat(spectra), torch.cat(bright)
     db = torch.nn.functional.adaptive_max_pool1d(db[:, None], min(points, db.shape[1]))[:, 0]
     top = 10*math.ceil(db.amax(1).quantile(.98).item()/10)
-    low, high = hz.nan_to_num(1e9).min().item(), hz.nan_to_num(0).max().item()
-    share = ((hz/low).log()/max(math.log(max(high, 1)/low), 1e-6)).nan_to_num(0).clamp(0, 1)
+    heard = hz[~hz.isnan()] if not hz.isnan().all() else torch.ones(1)
+    low, high = heard.min().item(), heard.max().item()
+    share = ((hz/low).log()/max(math.log(high/low), 1e-6)).nan_to_num(0).clamp(0, 1)
     level = ((db - top)/DEPTH + 1).clamp(0, 1)
     return dict(sr=sr, seconds=dur, pause=PAUSE, lead=LEAD, click=CLICK, width=WIDTH, height=HEIGHT, points=db.shape[1], top=top, hz=[low, high],
                 menus=[{k: m[k] for k in ('label', 'names', 'spoken', 'start')} for m in menus],
