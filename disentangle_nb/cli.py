@@ -511,7 +511,7 @@ def evaluate(argv=None)->int: # Exit status
     "`disentangle_eval`: examine a saved system."
     return command('disentangle_eval', _evaluate, argv)
 
-# %% ../nbs/90_cli.ipynb #e24e277c
+# %% ../nbs/90_cli.ipynb #4bc14269
 def transfer_parser()->Parser:
     "What `disentangle_transfer` understands."
     p = Parser(prog='disentangle_transfer', description='Timbre transfer or transposition of a recorded note or solo. '
@@ -521,6 +521,9 @@ def transfer_parser()->Parser:
     p.add_argument('--to', metavar='NAME', help='instrument to become')
     p.add_argument('--pitch', type=int, metavar='SEMITONES', help='transpose by this many semitones, up or (-5) down')
     p.add_argument('--alpha', type=float, default=1., metavar='A', help='how far to go to the instrument, a share from 0 to 1')
+    p.add_argument('--from', dest='source', metavar='NAME', help='who plays in IN.wav, for systems that ask (MoVE); the likeliest if not given')
+    p.add_argument('--f0', metavar='TRACK.csv', help='melody of IN.wav, seconds and Hz in each line, for systems that ask; tracked if not given')
+    p.add_argument('--fold', action='store_true', help='move notes outside the trained range into it by octaves, for systems that ask')
     p.add_argument('--stereo', action='store_true', help='keep the channels, each edited on its own; mixed to one otherwise')
     p.add_argument('--out', metavar='OUT.wav', help='file to write; out/IN-NAME.wav if not given')
     p.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:1 or mps')
@@ -528,6 +531,7 @@ def transfer_parser()->Parser:
 
 def _transfer(argv):
     from disentangle_nb.audio import AudioError
+    from disentangle_nb.features.track import TrackError
     from disentangle_nb.synthesis.transfer import EditError, transfer_file
     args = transfer_parser().parse_args(argv)
     if args.to is None and args.pitch is None: raise UserError('nothing to change; name an instrument with --to, or semitones with --pitch')
@@ -535,8 +539,9 @@ def _transfer(argv):
     system = open_run(args.run, args.device)
     done = '-'.join([*([args.to] if args.to else []), *([f'{args.pitch:+d}'] if args.pitch is not None else [])])
     out = Path(args.out or f'out/{Path(args.input).stem}-{done}.wav')
-    with told(EditError, AudioError, OSError):
-        transfer_file(system, args.input, out, to=args.to, alpha=args.alpha, shift=args.pitch, mono=not args.stereo)
+    with told(EditError, AudioError, TrackError, OSError):
+        transfer_file(system, args.input, out, to=args.to, alpha=args.alpha, shift=args.pitch, mono=not args.stereo,
+                      source=args.source, track=args.f0, fold=args.fold)
     print(f'wrote {out}')
 
 def transfer(argv=None)->int: # Exit status
