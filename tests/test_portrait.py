@@ -44,7 +44,7 @@ def test_no_slice_sits_for_its_own_portrait(most):
 
 
 def test_a_slice_does_not_reach_its_own_condition():
-    m, (x, timbre, pitch) = model(), batch()
+    m, (x, _, pitch) = model(), batch()
     x.requires_grad_()
     told = sitters(pitch.unflatten(0, (2, -1))) @ m.painter(x, pitch).unflatten(0, (2, -1))
     told[1, 2].square().sum().backward()

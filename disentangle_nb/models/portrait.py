@@ -35,13 +35,12 @@ class Painter(nn.Module):
         for layer, g in zip(self.down, film): h = modulate(layer(h), g).relu()
         return self.head(modulate(self.inner(h.flatten(1)), film[2]).relu()).tanh()
 
-# %% ../../nbs/33a_models.portrait.ipynb #ce072fc2
+# %% ../../nbs/33a_models.portrait.ipynb #52e30a21
 def sitters(pitch:torch.Tensor, # Notes of the blocks `(k, m, 21)`
             most:int=None,      # References of a slice, one to `most`; all there are when None
             generator=None,     # Chance
            )->torch.Tensor:     # Shares `(k, m, m)`: row is slice, column is reference
     "Which slices of its block make the portrait of each slice, and by how much."
-    m = pitch.shape[1]
     other = (pitch[:, :, None] - pitch[:, None]).abs().sum(-1) > 1e-4
     if not other.any(-1).all(): raise ValueError("each slice needs another of its instrument with a different pitch beside it; draw more columns a batch")
     if most is not None:
@@ -72,7 +71,7 @@ def mingled(x, pitch, share): # Blocks `(k, m, f, n)`, notes `(k, m, 21)`: `shar
     same = (pitch == pitch.roll(-1, 0)).all(-1)
     return x.lerp(x.roll(-1, 0), (share[:, None]*same)[..., None, None])
 
-# %% ../../nbs/33a_models.portrait.ipynb #1908f306
+# %% ../../nbs/33a_models.portrait.ipynb #bfcb12e4
 class PortraitMoVE(MoVE):
     "A MoVE that is told portraits of instruments in place of their names."
     def __init__(self,
@@ -93,6 +92,7 @@ class PortraitMoVE(MoVE):
         self.film_in, self.film_out = told(a['encoder'], self.film_in), told(a['decoder'], self.film_out)
         self.painter = Painter(a['n_bins'], a['n_frames'], embedding, painter)
         self.register_buffer('gallery', torch.zeros(n_timbre, embedding))
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, x, timbre, pitch): # As MoVE's; `timbre` only says that there are blocks
         k, a = self.args['n_timbre'], self.args
