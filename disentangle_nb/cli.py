@@ -6,10 +6,11 @@
 __all__ = ['FORMAT', 'OWN', 'SMALL', 'SMALL_WEIGHTS', 'STUDIES', 'PLANNED', 'DIALS', 'EXPLORER', 'UserError', 'told', 'command',
            'Parser', 'find_run', 'claim', 'settle', 'check_card', 'make_card', 'probe_rows', 'swap_test_rows',
            'swap_rows', 'board', 'median_count', 'too_few', 'measure', 'progress_lines', 'NoteDesk', 'ToneDesk',
-           'check_study', 'train_parser', 'read_notes', 'load_notes', 'only_known', 'train', 'open_run', 'eval_parser',
-           'evaluate', 'transfer_parser', 'transfer', 'numbers', 'spelled', 'syntone_parser', 'tone_levels', 'in_bytes',
-           'find_file', 'tidy_end', 'reading', 'syntone', 'explore_parser', 'find_page', 'explore_notebook', 'explore',
-           'demo_edits', 'demo_figures', 'demo_files', 'peak_memory', 'find_demo', 'demo']
+           'MoveDesk', 'check_study', 'train_parser', 'read_notes', 'load_notes', 'only_known', 'train', 'open_run',
+           'eval_parser', 'evaluate', 'transfer_parser', 'transfer', 'numbers', 'spelled', 'syntone_parser',
+           'tone_levels', 'in_bytes', 'find_file', 'tidy_end', 'reading', 'syntone', 'explore_parser', 'find_page',
+           'explore_notebook', 'explore', 'demo_edits', 'demo_figures', 'demo_files', 'peak_memory', 'find_demo',
+           'demo']
 
 # %% ../nbs/90_cli.ipynb #ef2db669
 import argparse, contextlib, csv, difflib, inspect, io, math, os, re, shutil, sys, tempfile, time, warnings
@@ -277,7 +278,7 @@ class NoteDesk:
             if data != card.data: card = card.replace(data=data, shifts=(), **OWN | (dict(split='cells', held=.1) if data == 'orchestra' else {}))
         return card, load_notes(card, system, args.known_only)
 
-# %% ../nbs/90_cli.ipynb #bb298d08
+# %% ../nbs/90_cli.ipynb #8451abef
 class ToneDesk:
     "Commands of the study of sounds with known causes."
     about = 'tones with known causes, and objectives that look for them'
@@ -346,10 +347,65 @@ class ToneDesk:
             lines += [row(k, v[0], w[0]) for (k, v), w in zip(result['published']['syntone'].items(), result['published']['syntone_correct'].values())]
         return '\n'.join(lines)
 
-STUDIES = dict(gmvae=NoteDesk(), syntone=ToneDesk())
+# %% ../nbs/90_cli.ipynb #e9af43f5
+class MoveDesk:
+    "Commands of the study of any instrument to any other."
+    about = 'any instrument to any other, three numbers a slice'
 
-# %% ../nbs/90_cli.ipynb #1dd2e1ff
-PLANNED = 'move voice intervals'.split()
+    def module(self):
+        from disentangle_nb.studies import move
+        return move
+
+    def card(self, args, look=False):
+        study = self.module()
+        if args.recipe != 'ours': raise UserError(f'--recipe {args.recipe}: move has rungs instead, e.g. --set preset=move_pair; there is {", ".join(study.PRESETS)}')
+        if look: read_notes(None if args.data in (None, 'orchestra') else args.data)
+        preset = next((s.partition('=')[2] for s in args.set if s.startswith('preset=')), 'move_multi')
+        data = {} if args.data in (None, 'orchestra') else dict(data=str(Path(args.data).expanduser().absolute()), instruments=())
+        with told(CardError, ValueError): return study.move_card(preset, args.profile, seed=args.seed, **data).override(args.set)
+
+    def data(self, card, feature=None):
+        from disentangle_nb.audio import AudioError
+        from disentangle_nb.data.notes import TableError
+        from disentangle_nb.data.soundfont import SoundFontError
+        with told(CardError, TableError, AudioError, SoundFontError, OSError, ValueError): return self.module().study_data(card, feature)
+
+    def source(self, card): return card.data
+    def about_card(self, card): return f'{card.preset}, '
+    def epochs(self, card): return card.epochs
+    def about_data(self, data):
+        n = [int((data.split == p).sum()) for p in ('train', 'valid')]
+        return f"{n[0]} notes, {n[1]} held out, of {', '.join(data.vocabs['timbre'])}"
+
+    def again(self, system, args):
+        if args.known_only: raise UserError('--known-only is about classes of the gmvae study; move takes the instruments that it knows')
+        with told(CardError, ValueError):
+            card = self.module().MoveCard.from_dict(system.card['settings'])
+            if args.data is not None: card = card.replace(data=args.data if args.data == 'orchestra' else str(Path(args.data).expanduser().absolute()), instruments=tuple(system.vocabs['timbre']))
+        return card, self.data(card, system.feature)
+
+    def measure(self, system, data, quick=False):
+        study = self.module()
+        return study.evaluate_study(system, data, sound=not quick) | dict(baselines=study.baseline_study(data))
+
+    def board(self, result):
+        r, t, b = result['recon'], result['transfer'], result['baselines']
+        row = lambda name, *v: f'  {name:<58}' + ''.join(f'{x:>10.3g}' for x in v)
+        lines = [f"{'':<60}{'here':>10}{'mean':>10}{'PCA-3':>10}", 'Reconstruction of held-out notes, beside two baselines']
+        lines += [row(f'{k} ({u})', r[k], *(v[k] for v in b.values())) for k, u in (('rmse', 'normalised'), ('lsd', 'dB'))]
+        lines += ['Transfer, over all pairs', row('way left to the target (0 all gone, 1 nothing)', t['ratio']), row('slices called the target by real neighbours', t['called']),
+                  row('  before the transfer', t['before']), row('  real ones of the target', t['real'])]
+        share = result['descriptors']['share']
+        lines += ['Descriptors: distance to the target left, of what it was'] + [row(k, v) for k, v in share.items()]
+        if 'pitch' in result:
+            p = result['pitch']
+            lines += ['Notes within 50 cents, in any octave and in the right one', *(row(k, p[k]['class'], p[k]['exact']) for k in ('inverted', 'rebuilt', 'moved'))]
+        return '\n'.join(lines + [f"Dimensions in use: {result['latent']['active']}; parameters: {result['parameters']:,}"])
+
+STUDIES = dict(gmvae=NoteDesk(), syntone=ToneDesk(), move=MoveDesk())
+
+# %% ../nbs/90_cli.ipynb #3dd203cf
+PLANNED = 'voice intervals'.split()
 
 def check_study(name:str):
     "Refuse a study that is not there."
@@ -365,7 +421,7 @@ def train_parser()->Parser:
     add = p.add_argument
     add('study', metavar='STUDY', help=f"one of: {', '.join(STUDIES)}")
     add('--data', metavar='PATH', help='folder of audio with a metadata.csv (columns file, instrument, midi_pitch), such a CSV, or an unpacked TinySOL, '
-        'NSynth or GMVAE release; the rendered orchestra if not given. syntone makes its own tones if not given, or takes the word orchestra')
+        'NSynth or GMVAE release; the rendered orchestra if not given. syntone makes its own tones if not given, or takes the word orchestra; move takes the instruments that it finds')
     add('--out', metavar='DIR', help='run folder; out/STUDY-PROFILE-SEED if not given')
     add('--profile', choices=['quick', 'demo', 'cpu', 'paper'], default='cpu',
         help='size: quick (seconds), demo (gmvae: minutes), cpu (at most an hour on two cores), paper (a GPU)')

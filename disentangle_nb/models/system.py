@@ -125,7 +125,7 @@ def told(self:Disentangler, clip, cut, starts, heard):
     first, size = [s*self.feature.hop for s in starts], self.size*self.feature.hop
     midi = heard.get('pitch')
     if midi is None: midi = held(window_notes(torch.as_tensor(clip, dtype=torch.float32).reshape(-1, clip.shape[-1]).to(cut.device), self.sr, first, size))
-    elif hasattr(midi, 'windows'): midi = midi.windows(first, size, self.sr)
+    elif hasattr(midi, 'windows'): midi = torch.as_tensor(midi.windows(first, size, self.sr)).reshape(-1, len(first))
     midi = torch.as_tensor(midi, dtype=torch.float32, device=cut.device)
     pitch = self.model.notes(midi[:, None].expand(cut.shape[:2]) if midi.ndim == 1 else midi.expand(cut.shape[:2]))
     known = heard.get('timbre')
