@@ -1,9 +1,8 @@
 "What translators, their objective and their training must answer."
 import pytest, torch
-from torch.nn import functional as F
 from disentangle_nb.core import seed_everything
 from disentangle_nb.losses.move import MoveLoss
-from disentangle_nb.models.move import PRESETS, Adversary, MoVE, code_pitch, move_model, pitch_code
+from disentangle_nb.models.move import PRESETS, Adversary, code_pitch, move_model, pitch_code
 from disentangle_nb.models.system import Disentangler
 from disentangle_nb.training.move import SliceLoader, move_learner
 from fastai.data.core import DataLoaders

@@ -11,7 +11,7 @@ import argparse, json, statistics, sys, time
 import torch
 from disentangle_nb.core import seed_everything
 from disentangle_nb.features.nsgt import NSGTMel
-from disentangle_nb.models.move import PRESETS, move_model, pitch_code
+from disentangle_nb.models.move import move_model, pitch_code
 from disentangle_nb.models.system import Disentangler
 from disentangle_nb.synthesis.transfer import transfer
 from disentangle_nb.training.move import SliceLoader, move_learner
@@ -23,7 +23,6 @@ def batches(k=2, steps=4, columns=32):
     midi = torch.arange(60, 72)
     x = torch.randn(k*len(midi), 500, 256)
     loader = SliceLoader((x, torch.arange(k).repeat_interleave(len(midi)), midi.repeat(k)), columns, k)
-    loader.tensors = loader.tensors
     type(loader).__len__ = lambda self: steps
     return DataLoaders(loader, loader.new(), device=torch.device('cpu'))
 
