@@ -29,7 +29,7 @@ from ..models.system import Disentangler
 from ..plot import panels
 from ..training.move import move_dls, move_learner
 
-# %% ../../nbs/82_studies.move.ipynb #76ee7b86
+# %% ../../nbs/82_studies.move.ipynb #debe7b2a
 @dataclass(frozen=True)
 class MoveCard(RunCard):
     "Everything that decides the outcome of a MoVE run."
@@ -53,7 +53,7 @@ class MoveCard(RunCard):
     seed:int = 0                      # Weights, columns, places, noise
 
 PAIR = dict(instruments=('Alto-Saxophone', 'Violin'), columns=32, epochs=50)
-profiles = dict(quick=dict(n_bins=125, instruments=('Alto-Saxophone', 'Violin'), low=66, high=77, dur=.5, columns=16, epochs=24, lr=2e-3), cpu=dict(), paper=dict(wide=True, dur=5., columns=32, epochs=150))
+profiles = dict(quick=dict(n_bins=125, instruments=('Alto-Saxophone', 'Violin'), low=66, high=77, dur=.5, columns=16, epochs=16, lr=2e-3), cpu=dict(), paper=dict(wide=True, dur=5., columns=32, epochs=150))
 
 # %% ../../nbs/82_studies.move.ipynb #68a6ca77
 def move_card(preset:str='move_multi', # Rung of the ladder
@@ -327,7 +327,7 @@ def study_sounds(system,        # Trained
             files.append(file)
     return files
 
-# %% ../../nbs/82_studies.move.ipynb #3d86df86
+# %% ../../nbs/82_studies.move.ipynb #96f9bf1b
 def show_violins(model, data:NoteData, a:int, b:int): # The axes
     "Descriptors of one instrument's slices (left) and of another's played as it (right)."
     va = slices_of(data, 'valid')
@@ -341,7 +341,7 @@ def show_violins(model, data:NoteData, a:int, b:int): # The axes
                 for body in ax.violinplot([v], [0], side=side, showextrema=False, showmedians=True)['bodies']: body.set(facecolor=color, alpha=.7)
         ax.set(xticks=[], ylabel=f'{k} ({units[k]})' if units.get(k) not in ('', None) else k)
     names = data.vocabs['timbre']
-    axes.flat[0].figure.suptitle(f'{names[b]}: real notes (blue) and {names[a]} played as {names[b]} (brown)', fontsize=9)
+    np.ravel(axes)[0].figure.suptitle(f'{names[b]}: real notes (blue) and {names[a]} played as {names[b]} (brown)', fontsize=9)
     return axes
 
 def show_codes(model, data:NoteData, dims=(0, 1)): # The axes
