@@ -52,9 +52,11 @@ def test_a_slice_does_not_reach_its_own_condition():
     assert moved.tolist() == [False]*4 + [True, True, False, True]  # its block, without itself
 
 
-def test_single_pitch_is_refused():
-    x, timbre, pitch = batch()
-    with pytest.raises(ValueError, match='more columns'): model()(x, timbre, pitch[:1].expand(8, -1))
+def test_a_block_of_one_pitch_still_keeps_each_slice_from_itself():
+    share = sitters(pitch_code(torch.full((2, 3), 60)), 2, torch.Generator().manual_seed(0))
+    assert (share.diagonal(dim1=1, dim2=2) == 0).all() and torch.allclose(share.sum(-1), torch.ones(2, 3))
+    x, timbre, pitch = batch(2, 1)
+    with pytest.raises(ValueError, match='more columns'): model()(x, timbre, pitch)
 
 
 def test_the_order_of_references_does_not_matter():

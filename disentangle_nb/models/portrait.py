@@ -35,14 +35,16 @@ class Painter(nn.Module):
         for layer, g in zip(self.down, film): h = modulate(layer(h), g).relu()
         return self.head(modulate(self.inner(h.flatten(1)), film[2]).relu()).tanh()
 
-# %% ../../nbs/33a_models.portrait.ipynb #52e30a21
+# %% ../../nbs/33a_models.portrait.ipynb #dd6aaa91
 def sitters(pitch:torch.Tensor, # Notes of the blocks `(k, m, 21)`
             most:int=None,      # References of a slice, one to `most`; all there are when None
             generator=None,     # Chance
            )->torch.Tensor:     # Shares `(k, m, m)`: row is slice, column is reference
     "Which slices of its block make the portrait of each slice, and by how much."
+    m = pitch.shape[1]
+    if m < 2: raise ValueError("each slice needs another of its instrument beside it; draw more columns a batch")
     other = (pitch[:, :, None] - pitch[:, None]).abs().sum(-1) > 1e-4
-    if not other.any(-1).all(): raise ValueError("each slice needs another of its instrument with a different pitch beside it; draw more columns a batch")
+    other = other | ~other.any(-1, keepdim=True) & ~torch.eye(m, dtype=torch.bool, device=other.device)
     if most is not None:
         turn = torch.rand(other.shape, generator=generator, device=other.device).masked_fill(~other, 2.).argsort(-1).argsort(-1)
         count = torch.randint(1, most + 1, other.shape[:2], generator=generator, device=other.device)
