@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 import numpy as np, pandas as pd, torch
-from torch.nn import functional as F
 from ..audio import save_audio
 from ..core import CardError, atomic_path, RunCard, pick_device, provenance, read_json, repo_root, seed_everything, write_json
 from ..data.batches import NoteData, note_data, part
@@ -153,11 +152,11 @@ def partners(s:Slices, a:int, b:int)->tuple: # Rows of `a` and of `b`: same note
 @torch.no_grad()
 def played(model, s:Slices, to=None, bs=256)->torch.Tensor: # Slices `(b, f, n)`
     "Slices through the model: as themselves, or as instrument `to`."
-    k, out = model.args['n_timbre'], []
+    out, who = [], lambda i: model.component('timbre', i)
     for i in torch.arange(len(s)).split(bs):
-        own, pitch = F.one_hot(s.timbre[i], k).float(), model.notes(s.midi[i].float())
+        own, pitch = who(s.timbre[i]), model.notes(s.midi[i].float())
         z = model.posterior(s.x[i], own, pitch)[0]
-        out.append(model.decode(z, own if to is None else F.one_hot(torch.full_like(i, to), k).float(), pitch))
+        out.append(model.decode(z, own if to is None else who(torch.full_like(i, to)), pitch))
     return torch.cat(out)
 
 # %% ../../nbs/82_studies.move.ipynb #74a22038
@@ -262,8 +261,7 @@ def pitch_study(model, data:NoteData, n_iter:int=32)->dict: # 'notes', 'inverted
 @torch.no_grad()
 def latent_study(model, data:NoteData)->dict: # 'active', 'variance', 'pitch', 'octave', 'timbre', 'level': accuracies of five neighbours, and 'chance'
     "What the codes still tell."
-    k = model.args['n_timbre']
-    code = lambda s: torch.cat([model.posterior(x, F.one_hot(t, k).float(), model.notes(m.float()))[0] for x, t, m in zip(s.x.split(256), s.timbre.split(256), s.midi.split(256))])
+    code = lambda s: torch.cat([model.posterior(x, model.component('timbre', t), model.notes(m.float()))[0] for x, t, m in zip(s.x.split(256), s.timbre.split(256), s.midi.split(256))])
     tr, va = slices_of(data, 'train'), slices_of(data, 'valid')
     zt, zv = code(tr), code(va)
     reads = dict(pitch=lambda s: (s.midi - 9) % 12, octave=lambda s: s.midi//12, timbre=lambda s: s.timbre, level=lambda s: s.level)
@@ -346,8 +344,8 @@ def show_violins(model, data:NoteData, a:int, b:int): # The axes
 
 def show_codes(model, data:NoteData, dims=(0, 1)): # The axes
     "Codes of held-out slices, coloured by instrument, semitone, octave and dynamic."
-    va, k = slices_of(data, 'valid'), model.args['n_timbre']
-    with torch.no_grad(): z = model.posterior(va.x, F.one_hot(va.timbre, k).float(), model.notes(va.midi.float()))[0]
+    va = slices_of(data, 'valid')
+    with torch.no_grad(): z = model.posterior(va.x, model.component('timbre', va.timbre), model.notes(va.midi.float()))[0]
     kinds = dict(instrument=va.timbre, semitone=va.midi % 12, octave=va.midi//12 - 1, dynamic=va.level)
     axes = panels(1, 4, width=2.2, height=2.2)
     for ax, (name, v) in zip(axes, kinds.items()):
