@@ -49,13 +49,13 @@ def bins(centre:torch.Tensor, # Integer centres `(f,)`
 def lowest_fmax(n_bins:int=500,  # Rows
                 fmin:float=20.,  # First row, Hz
                 sr:int=22050,    # Sample rate, Hz
-                scale=mel_scale, # Function of (n_bins, fmin, fmax)
+                scale:str='mel', # 'mel' or 'log'
                )->float:         # Hz
     "The lowest last row for which the window beyond it is no wider than the one before."
     lo, hi = sr/4, sr/2
     for _ in range(60):
         mid = (lo + hi)/2
-        f = scale(n_bins, fmin, mid)
+        f = dict(mel=mel_scale, log=log_scale)[scale](n_bins, fmin, mid)
         lo, hi = (lo, mid) if sr/2 - f[-2] <= f[-1] - f[-3] else (mid, hi)
     return float(hi)
 

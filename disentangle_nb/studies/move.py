@@ -9,7 +9,7 @@ __all__ = ['PAIR', 'profiles', 'EIGHT', 'TOLD', 'MoveCard', 'move_card', 'hold_f
            'pitch_study', 'latent_study', 'evaluate_study', 'run_study', 'study_sounds', 'show_violins', 'show_codes',
            'study_grid', 'pack_study', 'study_results', 'ladder_table']
 
-# %% ../../nbs/82_studies.move.ipynb #a9c2bd47
+# %% ../../nbs/82_studies.move.ipynb #4743a962
 import math, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +54,7 @@ class MoveCard(RunCard):
 PAIR = dict(instruments=('Alto-Saxophone', 'Violin'), columns=32, epochs=50)
 profiles = dict(quick=dict(n_bins=125, instruments=('Alto-Saxophone', 'Violin'), low=66, high=77, dur=.5, columns=16, epochs=16, lr=2e-3), cpu=dict(), paper=dict(wide=True, dur=5., columns=32, epochs=150))
 
-# %% ../../nbs/82_studies.move.ipynb #68a6ca77
+# %% ../../nbs/82_studies.move.ipynb #da3708c2
 def move_card(preset:str='move_multi', # Rung of the ladder
               profile:str='cpu',       # 'quick', 'cpu' or 'paper'
               **changes                # Settings that differ
@@ -76,7 +76,8 @@ def hold_fifth(table:pd.DataFrame, # Notes
         held = ((table.midi - table.midi.min())*len(levels) + table.dynamics.map(levels.index)) % 5 == division
     return table.assign(split=np.where(held, 'valid', 'train'))
 
-def study_table(card:MoveCard)->pd.DataFrame: # Notes with `split`
+def study_table(card:MoveCard, # Settings
+               )->pd.DataFrame: # Notes with `split`
     "The notes of a card."
     if card.data == 'orchestra': table = orchestra_table(list(card.instruments) or None, (card.low, card.high), card.velocities)
     else:
@@ -95,8 +96,12 @@ def study_data(card:MoveCard,       # Settings
     frames = feature.shape(round(card.dur*feature.sr))[1]//16*16
     return note_data(study_table(card), feature, dur=card.dur, frames=frames, fit_range=fit, keep_wav=keep_wav)
 
-# %% ../../nbs/82_studies.move.ipynb #8acf46ac
-def study_learner(card:MoveCard, data:NoteData, device='cpu', cbs=()): # A Learner
+# %% ../../nbs/82_studies.move.ipynb #81bb652d
+def study_learner(card:MoveCard, # Settings
+                  data:NoteData, # Its notes
+                  device='cpu',  # Where to train
+                  cbs=(),        # More callbacks
+                 ):              # A Learner
     "Model, objective and loaders of a card."
     seed_everything(card.seed)
     dls = move_dls(data, card.columns, seed=card.seed, device=device)
@@ -115,7 +120,7 @@ def train_study(card:MoveCard,  # Settings
     notes = dict(study='move', settings=card.to_dict(), seconds=round(time.time() - began, 1), provenance=provenance(device))
     return Disentangler(data.feature.cpu(), learn.model.cpu(), data.vocabs, notes), data, learn
 
-# %% ../../nbs/82_studies.move.ipynb #c62abee9
+# %% ../../nbs/82_studies.move.ipynb #ad1af527
 @dataclass
 class Slices:
     "Slices of some notes: `x (b, f, n)`, who plays, what, and which note each is of."
@@ -139,7 +144,10 @@ def slices_of(data:NoteData, # Notes as whole slices
     level = torch.tensor(pd.factorize(d.table.dynamics)[0] if (d.table.velocity < 0).all() else d.table.velocity.to_numpy())
     return Slices(x, each(d.timbre), each(torch.tensor(data.vocabs['pitch'])[d.pitch]), each(torch.arange(len(d))), each(level))
 
-def partners(s:Slices, a:int, b:int)->tuple: # Rows of `a` and of `b`: same note, same dynamic, same place
+def partners(s:Slices, # Slices of some notes
+             a:int,    # One instrument, its position in the vocabulary
+             b:int,    # Another
+            )->tuple:  # Rows of `a` and of `b`: same note, same dynamic, same place
     "Slices of two instruments that go together."
     size = int((s.note == s.note[0]).sum())
     first = lambda i: {(int(m), int(v)): int(r) for m, v, r in zip(s.midi[s.timbre == i], s.level[s.timbre == i], s.note[s.timbre == i])}
@@ -148,9 +156,13 @@ def partners(s:Slices, a:int, b:int)->tuple: # Rows of `a` and of `b`: same note
     rows = lambda notes: torch.cat([torch.arange(n*size, (n + 1)*size) for n in notes]) if notes else torch.arange(0)
     return rows([na[k] for k in both]), rows([nb[k] for k in both])
 
-# %% ../../nbs/82_studies.move.ipynb #ab0571bf
+# %% ../../nbs/82_studies.move.ipynb #131eeb88
 @torch.no_grad()
-def played(model, s:Slices, to=None, bs=256)->torch.Tensor: # Slices `(b, f, n)`
+def played(model,      # A translator
+           s:Slices,   # What it hears
+           to:int=None, # Who plays it, a position in the vocabulary; who played it before when None
+           bs:int=256, # Slices at once
+          )->torch.Tensor: # Slices `(b, f, n)`
     "Slices through the model: as themselves, or as instrument `to`."
     out, who = [], lambda i: model.component('timbre', i)
     for i in torch.arange(len(s)).split(bs):
@@ -159,7 +171,7 @@ def played(model, s:Slices, to=None, bs=256)->torch.Tensor: # Slices `(b, f, n)`
         out.append(model.decode(z, own if to is None else who(torch.full_like(i, to)), pitch))
     return torch.cat(out)
 
-# %% ../../nbs/82_studies.move.ipynb #74a22038
+# %% ../../nbs/82_studies.move.ipynb #655ccaa9
 def log_distance(a:torch.Tensor,     # Slices or notes `(b, f, n)`, normalised
                  b:torch.Tensor,     # Others
                  feature:NSGTMel,    # Whose scale they are in
@@ -171,16 +183,23 @@ def log_distance(a:torch.Tensor,     # Slices or notes `(b, f, n)`, normalised
     low = torch.maximum(a.flatten(1).amax(1), b.flatten(1).amax(1))[:, None, None] - below
     return (torch.maximum(a, low) - torch.maximum(b, low)).square().mean(1).sqrt().mean(-1)
 
-def by_note(x:torch.Tensor, s:Slices)->torch.Tensor: # Slices as notes `(notes, f, n)`
+def by_note(x:torch.Tensor, # Slices `(b, f, n)`, all of each note
+            s:Slices,       # Which notes they are of
+           )->torch.Tensor: # `(notes, f, frames)`
+    "Slices, joined to notes."
     return x.unflatten(0, (len(s.note.unique()), -1)).permute(0, 2, 1, 3).flatten(2)
 
-def quality(x, s:Slices, feature)->dict: # 'rmse', 'lsd', 'convergence', over notes
+def quality(x:torch.Tensor, # Slices that were made `(b, f, n)`
+            s:Slices,       # The real ones
+            feature:NSGTMel, # Whose scale they are in
+           )->dict:         # 'rmse' (normalised), 'lsd' (dB), 'convergence'
     "How near slices are to the real ones."
     amp = feature.amplitude
     near = (amp(x) - amp(s.x)).flatten(1).norm(dim=1)/amp(s.x).flatten(1).norm(dim=1).clamp(min=1e-9)
     return dict(rmse=(x - s.x).square().mean().sqrt().item(), lsd=log_distance(by_note(x, s), by_note(s.x, s), feature).mean().item(), convergence=near.mean().item())
 
-def baseline_study(data:NoteData)->dict: # name -> as `quality`
+def baseline_study(data:NoteData, # Notes
+                  )->dict:       # Name -> as `quality`
     "What can be had without a network."
     from sklearn.decomposition import PCA
     tr, va, feature = slices_of(data, 'train'), slices_of(data, 'valid'), data.feature
@@ -193,8 +212,10 @@ def baseline_study(data:NoteData)->dict: # name -> as `quality`
     three = torch.from_numpy(pca.inverse_transform(pca.transform(va.x.flatten(1).numpy()))).float().view_as(va.x)
     return {'mean of instrument and note': quality(mean, va, feature), 'three components': quality(three, va, feature)}
 
-# %% ../../nbs/82_studies.move.ipynb #630fef5e
-def transfer_study(model, data:NoteData)->dict: # 'pairs': list of dicts; 'ratio', 'called', 'before', 'real': means with intervals
+# %% ../../nbs/82_studies.move.ipynb #76bebff0
+def transfer_study(model,         # A translator
+                   data:NoteData, # Notes
+                  )->dict:        # 'pairs': a dict a pair; means over them: 'ratio', 'called' the target, 'before' the transfer, 'real' ones of the target, 'told' apart
     "Populations of transferred slices against real ones."
     tr, va = slices_of(data, 'train'), slices_of(data, 'valid')
     judge, names, rows = neighbours(tr.x, tr.timbre), data.vocabs['timbre'], []
@@ -210,16 +231,21 @@ def transfer_study(model, data:NoteData)->dict: # 'pairs': list of dicts; 'ratio
     mean = lambda k: float(np.mean([r[k][0] if isinstance(r[k], tuple) else r[k] for r in rows]))
     return dict(pairs=rows, **{k: mean(k) for k in ('ratio', 'called', 'before', 'real', 'told')})
 
-# %% ../../nbs/82_studies.move.ipynb #fbb9012f
+# %% ../../nbs/82_studies.move.ipynb #e25482da
 EIGHT = 'centroid flatness rolloff loudness bandwidth inharmonicity sharpness tristimulus'.split()
 
-def described(x, midi, feature)->dict: # descriptor -> `(b,)`, the median over a slice's frames
+def described(x:torch.Tensor,    # Slices `(b, f, n)`
+              midi:torch.Tensor, # Their notes `(b,)`
+              feature:NSGTMel,   # Whose scale they are in
+             )->dict:            # Descriptor -> `(b,)`, the median over a slice's frames
     "Descriptors of slices."
     amp = (x*feature.scale + feature.mean).clamp(min=feature.floor).exp()
     d = [describe(v, feature.freqs, midi_to_hz(m.double()).float()) for v, m in zip(amp.split(64), midi.split(64))]
     return {k: torch.cat([v[k] for v in d]).nanmedian(-1).values for k in EIGHT}
 
-def descriptor_study(model, data:NoteData)->dict: # 'share': descriptor -> what is left of the way, over pairs; 'centroid_moves': share of notes; 'pairs'
+def descriptor_study(model,         # A translator
+                     data:NoteData, # Notes
+                    )->dict:        # 'share': descriptor -> what is left of the way, over pairs; 'centroid_moves': share of notes that move the right way; 'pairs'
     "How far descriptors of transferred notes are from the target's."
     va, names, rows, moves = slices_of(data, 'valid'), data.vocabs['timbre'], [], []
     for a in range(len(names)):
@@ -233,19 +259,28 @@ def descriptor_study(model, data:NoteData)->dict: # 'share': descriptor -> what 
     share = {k: sum(r[k][0] for r in rows)/max(1e-12, sum(r[k][1] for r in rows)) for k in EIGHT}
     return dict(share=share, centroid_moves=torch.cat(moves).double().mean().item(), pairs=rows)
 
-# %% ../../nbs/82_studies.move.ipynb #ba0e2854
+# %% ../../nbs/82_studies.move.ipynb #1f29f1e4
 @torch.no_grad()
-def sound_of(x:torch.Tensor, feature, n_iter:int=32)->torch.Tensor: # Notes as frames `(b, f, n)` to clips `(b, t)`
+def sound_of(x:torch.Tensor,  # Notes as frames `(b, f, n)`
+             feature:NSGTMel, # Whose scale they are in
+             n_iter:int=32,   # Iterations of the phase search
+            )->torch.Tensor:  # Clips `(b, t)`
     "Clips of notes."
     return torch.cat([feature.decode(v, n_iter=n_iter) for v in x.split(8)])
 
-def in_tune(wav, midi, sr)->dict: # Shares of notes within 50 cents of `midi`, 'exact' and 'class' (any octave)
+def in_tune(wav:torch.Tensor,  # Clips `(b, t)`
+            midi:torch.Tensor, # The notes they should play `(b,)`
+            sr:int,            # Their rate, Hz
+           )->dict:            # Shares within 50 cents, 'exact' and 'class' (in any octave)
     "Do clips have the pitch they should?"
     off = cents_between(note_f0(wav, sr), midi_to_hz(midi.double()).float())
     near = lambda c: (c.abs() <= 50).double().mean().item()
     return dict(exact=near(off), **{'class': near((off + 600) % 1200 - 600)})
 
-def pitch_study(model, data:NoteData, n_iter:int=32)->dict: # 'notes', 'inverted', 'rebuilt', 'moved': as `in_tune`
+def pitch_study(model,         # A translator
+                data:NoteData, # Notes
+                n_iter:int=32, # Iterations of the phase search
+               )->dict:        # 'inverted', 'rebuilt', 'moved': as `in_tune`
     "Is the note kept?"
     va, f = slices_of(data, 'valid'), data.feature
     midi = va.midi.view(len(va.note.unique()), -1)[:, 0]
@@ -257,9 +292,11 @@ def pitch_study(model, data:NoteData, n_iter:int=32)->dict: # 'notes', 'inverted
         moved.append((sound_of(by_note(played(model, s, b), s), f, n_iter), s.midi.view(len(s.note.unique()), -1)[:, 0]))
     return out | dict(moved=in_tune(torch.cat([w for w, _ in moved]), torch.cat([m for _, m in moved]), f.sr))
 
-# %% ../../nbs/82_studies.move.ipynb #7d56e84d
+# %% ../../nbs/82_studies.move.ipynb #f681d2e1
 @torch.no_grad()
-def latent_study(model, data:NoteData)->dict: # 'active', 'variance', 'pitch', 'octave', 'timbre', 'level': accuracies of five neighbours, and 'chance'
+def latent_study(model,         # A translator
+                 data:NoteData, # Notes
+                )->dict:        # 'active' dimensions, 'variance' of each; accuracies of five neighbours for 'pitch', 'octave', 'timbre', 'level', and their 'chance'
     "What the codes still tell."
     code = lambda s: torch.cat([model.posterior(x, model.component('timbre', t), model.notes(m.float()))[0] for x, t, m in zip(s.x.split(256), s.timbre.split(256), s.midi.split(256))])
     tr, va = slices_of(data, 'train'), slices_of(data, 'valid')
@@ -325,8 +362,12 @@ def study_sounds(system,        # Trained
             files.append(file)
     return files
 
-# %% ../../nbs/82_studies.move.ipynb #96f9bf1b
-def show_violins(model, data:NoteData, a:int, b:int): # The axes
+# %% ../../nbs/82_studies.move.ipynb #d6522e77
+def show_violins(model,         # A translator
+                 data:NoteData, # Notes
+                 a:int,         # Source, a position in the vocabulary
+                 b:int,         # Target
+                ):              # The axes
     "Descriptors of one instrument's slices (left) and of another's played as it (right)."
     va = slices_of(data, 'valid')
     ia, ib = partners(va, a, b)
@@ -342,7 +383,10 @@ def show_violins(model, data:NoteData, a:int, b:int): # The axes
     np.ravel(axes)[0].figure.suptitle(f'{names[b]}: real notes (blue) and {names[a]} played as {names[b]} (brown)', fontsize=9)
     return axes
 
-def show_codes(model, data:NoteData, dims=(0, 1)): # The axes
+def show_codes(model,         # A translator
+               data:NoteData, # Notes
+               dims=(0, 1),   # Dimensions along the axes
+              ):              # The axes
     "Codes of held-out slices, coloured by instrument, semitone, octave and dynamic."
     va = slices_of(data, 'valid')
     with torch.no_grad(): z = model.posterior(va.x, model.component('timbre', va.timbre), model.notes(va.midi.float()))[0]
@@ -354,8 +398,13 @@ def show_codes(model, data:NoteData, dims=(0, 1)): # The axes
         if name != 'semitone': ax.legend(fontsize=6, markerscale=2)
     return axes
 
-# %% ../../nbs/82_studies.move.ipynb #bc310391
-def study_grid(seeds=range(3), division:int=4, presets=tuple(PRESETS), profile:str='cpu', **changes)->list: # Cards
+# %% ../../nbs/82_studies.move.ipynb #53718c12
+def study_grid(seeds=range(3),        # Seeds
+               division:int=4,        # What is held out
+               presets=tuple(PRESETS), # Rungs of the ladder
+               profile:str='cpu',     # Size of every run
+               **changes              # Settings that differ
+              )->list:                # Cards
     "The cards of the study's ladder."
     return [move_card(p, profile, seed=s, division=division, **changes) for s in seeds for p in presets]
 
@@ -369,7 +418,9 @@ def pack_study(runs,      # Dicts with 'card' and 'result', as files of a sweep 
     write_json(file, dict(runs=[{k: r[k] for k in ('card', 'result', 'provenance') if k in r} for r in order]))
     return file
 
-def study_results(name:str='ladder', folder=None)->list: # Dicts with 'card' and 'result'
+def study_results(name:str='ladder', # Of the set
+                  folder=None,       # Where results lie; those that ship when None
+                 )->list:            # Dicts with 'card' and 'result'
     "Recorded runs; an empty list where there are none."
     file = Path(folder or repo_root()/'data'/'results'/'move')/f'{name}.json'
     return read_json(file)['runs'] if file.exists() else []
@@ -377,7 +428,8 @@ def study_results(name:str='ladder', folder=None)->list: # Dicts with 'card' and
 TOLD = dict(rmse='recon/rmse', lsd='recon/lsd', ratio='transfer/ratio', called='transfer/called', before='transfer/before', real='transfer/real', centroid='descriptors/share/centroid',
             moves='descriptors/centroid_moves', tune='pitch/moved/class', octave='pitch/moved/exact', active='latent/active', reads_pitch='latent/pitch', parameters='parameters', seconds='seconds')
 
-def ladder_table(runs)->pd.DataFrame: # One row a preset: mean and range over seeds
+def ladder_table(runs:list, # As `study_results` gives them
+                )->pd.DataFrame: # One row a preset: mean and range over seeds
     "What each rung is worth."
     def at(r, path):
         for k in path.split('/'): r = r.get(k, math.nan) if isinstance(r, dict) else math.nan
