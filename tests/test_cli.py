@@ -35,7 +35,7 @@ def collection(folder, midi=range(57, 67), partials=PARTIALS):
 def process(name, *args, cwd, **kw):
     return subprocess.Popen([sys.executable, '-c', f'from disentangle_nb.cli import {name}; raise SystemExit({name}())', *map(str, args)], cwd=cwd,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **kw)  # a suite begun in the background ignores it, and so would this
+                            preexec_fn=lambda: [signal.signal(s, signal.SIG_DFL) for s in (signal.SIGINT, signal.SIGHUP)], **kw)  # a suite begun in the background ignores them, and so would this
 
 
 def finish(p, timeout=300):
