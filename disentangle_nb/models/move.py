@@ -230,6 +230,7 @@ def component(self:MoVE,
              )->torch.Tensor:   # Codes `(..., k)` or `(..., 21)`
     "The code of a name."
     if factor == 'timbre': return F.one_hot(idx, self.args['n_timbre']).float()
+    if factor != 'pitch': raise ValueError(f"only timbre and pitch have names here; got {factor!r}")
     return pitch_code(self._pitches(idx.device)[idx]).to(idx.device)
 
 @patch

@@ -1,6 +1,6 @@
 """The NSGT on a Mel scale, there and back, next to the `nsgt` package.
 
-    python tests/bench/bench_nsgt.py [--notes 8] [--pairs 9] [--json FILE]
+    python tests/bench/bench_nsgt.py [--notes 16] [--pairs 9] [--json FILE]
 
 Five-second notes, 500 rows and the two beside them. The package (0.19) works on one signal at a time in double precision;
 its widths are clipped in a way that current NumPy refuses, which is mended here while it is imported. Ours takes all notes at once in single precision.
@@ -37,7 +37,7 @@ def seconds(f, x):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument('--notes', type=int, default=8)
+    p.add_argument('--notes', type=int, default=16)
     p.add_argument('--pairs', type=int, default=9)
     p.add_argument('--json')
     args = p.parse_args()
