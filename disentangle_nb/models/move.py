@@ -204,12 +204,12 @@ def likeliest(self:MoVE,
               pitch:torch.Tensor, # Notes `(b, w, 21)`
              )->torch.Tensor:     # Instruments `(b,)`
     "The instrument whose reconstruction of a clip is nearest."
-    k = self.args['n_timbre']
-    def error(i):
-        t = F.one_hot(torch.full((len(x)*x.shape[1],), i, device=x.device), k).float()
-        y = self.decode(self.posterior(x.flatten(0, 1), t, pitch.flatten(0, 1))[0], t, pitch.flatten(0, 1))
-        return (y - x.flatten(0, 1)).square().mean((1, 2)).unflatten(0, x.shape[:2]).mean(1)
-    return torch.stack([error(i) for i in range(k)], -1).argmin(-1)
+    flat, notes = x.flatten(0, 1), pitch.flatten(0, 1)
+    def error(who):
+        who = who.expand(len(flat), -1)
+        return (self.decode(self.posterior(flat, who, notes)[0], who, notes) - flat).square().mean((1, 2)).unflatten(0, x.shape[:2]).mean(1)
+    names = self.component('timbre', torch.arange(self.args['n_timbre'], device=x.device))
+    return torch.stack([error(who[None]) for who in names], -1).argmin(-1)
 
 @patch
 def encode(self:MoVE,

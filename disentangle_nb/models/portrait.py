@@ -127,19 +127,6 @@ def nearest(self:PortraitMoVE,
     if factor != 'timbre': return MoVE.nearest(self, factor, z)
     return (-20*(z[:, None] - self.gallery).square().sum(-1)).log_softmax(-1)
 
-@patch
-@torch.no_grad()
-def likeliest(self:PortraitMoVE,
-              x:torch.Tensor,     # Slices `(b, w, f, n)` of clips
-              pitch:torch.Tensor, # Notes `(b, w, 21)`
-             )->torch.Tensor:     # Instruments `(b,)`
-    "The named instrument whose reconstruction of a clip is nearest."
-    flat, notes = x.flatten(0, 1), pitch.flatten(0, 1)
-    def error(p):
-        p = p.expand(len(flat), -1)
-        return (self.decode(self.posterior(flat, p, notes)[0], p, notes) - flat).square().mean((1, 2)).unflatten(0, x.shape[:2]).mean(1)
-    return torch.stack([error(p) for p in self.gallery], -1).argmin(-1)
-
 # %% ../../nbs/33a_models.portrait.ipynb #6f9696ef
 @patch
 @torch.no_grad()

@@ -15,6 +15,7 @@ from fastai.callback.schedule import SchedLin, SchedNo, combine_scheds
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.torch_core import trainable_params
+from fastcore.basics import patch
 from fastcore.foundation import L
 from ..core import make_generator
 from ..data.batches import BatchLoader, NoteData, part
@@ -99,10 +100,10 @@ def slice_batches(loader, epoch):
         i, s, whole = (v.to(loader.device) for v in drawn(loader, p, g))
         yield loader.cut[i.flatten(), :, s.flatten()], timbre, pitch_code(loader.tensors[2][i.flatten()]).to(loader.device), whole
 
-SliceLoader.__iter__ = lambda self: _counted(self)
-def _counted(loader):
-    yield from slice_batches(loader, loader.epoch)
-    loader.epoch += 1
+@patch
+def __iter__(self:SliceLoader):
+    yield from slice_batches(self, self.epoch)
+    self.epoch += 1
 
 # %% ../../nbs/52c_training.move.ipynb #cefdb515
 class Route(Callback):
