@@ -41,7 +41,7 @@ class MoveLoss(nn.Module):
                  translate:str=None,   # 'mmd', 'gan' or None
                  prior:str='kl',       # 'kl', or 'mmd' to the prior, with a trace of KL
                  cycle:bool=False,     # There and back
-                 variance:float=.1,    # $\sigma_x^2$ of a point of a slice, in the feature's units
+                 variance:float=.03,    # $\sigma_x^2$ of a point of a slice, in the feature's units
                  weights:dict=None,    # In place of those in `WEIGHTS`
                  adversary:nn.Module=None, # For 'gan'
                 ):

@@ -43,7 +43,7 @@ class MoveCard(RunCard):
     n_bins:int = 500                  # Rows of the frame
     latent:int = 3                    # Dimensions of the code
     wide:bool = False                 # The network for a graphics card
-    variance:float = .1               # Variance of a point in the objective, in the feature's units
+    variance:float = .03              # Variance of a point in the objective, in the feature's units
     weights:dict[str, float] | None = None # Weights of the objective that differ from `losses.move.WEIGHTS`
     epochs:int = 40                   # Passes over the training notes
     columns:int = 16                  # Notes a batch, each played by every instrument

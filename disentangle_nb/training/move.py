@@ -156,7 +156,7 @@ class Scaled:
 def move_learner(dls,                  # From `move_dls`
                  preset:str='move_multi', # A rung of the ladder
                  model:MoVE=None,      # The preset's when None
-                 variance:float=.1,    # $\sigma_x^2$ of the objective
+                 variance:float=.03,    # $\sigma_x^2$ of the objective
                  weights:dict=None,    # Of the objective, in place of `losses.move.WEIGHTS`
                  lr:float=1e-3,        # Learning rate when `fit` gets none
                  clip:float=10.,       # Largest norm of the gradient
