@@ -24,10 +24,10 @@ def transfer_ratio(moved:torch.Tensor,  # Transferred slices `(b, ...)`, in the 
     return dict(ratio=(d['moved'] - d['target'])/(d['source'] - d['target']), **d)
 
 # %% ../../nbs/63_evaluation.distributions.ipynb #4ed6f71b
-def neighbours(x:torch.Tensor, # Real slices `(b, ...)`
+def neighbours(x:torch.Tensor, # Real slices, or codes `(b, ...)`
                y,              # Their labels `(b,)`
                k:int=5,        # How many vote
-               dims:int=64,    # Principal components
+               dims:int=64,    # Principal components, of equal weight; None leaves the points as they are
                seed:int=0,     # Of the components' search
               ):               # A function of slices `(m, ...)` that gives labels `(m,)`, NumPy
     "A judge made of real slices."
@@ -35,8 +35,8 @@ def neighbours(x:torch.Tensor, # Real slices `(b, ...)`
     from sklearn.neighbors import KNeighborsClassifier
     from sklearn.pipeline import make_pipeline
     flat = lambda v: torch.as_tensor(v).flatten(1).numpy()
-    dims = min(dims, len(x) - 1, flat(x).shape[1])
-    judge = make_pipeline(PCA(dims, whiten=True, random_state=seed, svd_solver='randomized'), KNeighborsClassifier(k)).fit(flat(x), np.asarray(y))
+    before = [] if dims is None else [PCA(min(dims, len(x) - 1, flat(x).shape[1]), whiten=True, random_state=seed, svd_solver='randomized')]
+    judge = make_pipeline(*before, KNeighborsClassifier(k)).fit(flat(x), np.asarray(y))
     return lambda v: judge.predict(flat(v))
 
 def two_sample(a:torch.Tensor, # Slices `(b, ...)`

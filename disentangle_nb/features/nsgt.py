@@ -223,7 +223,7 @@ def frame(self:NSGTMel,
          )->NSGT:        # For clips of that length or a little more
     "The frame for clips of some length; the last few are kept."
     like = self.mean if like is None else like
-    L = self.unit*quick_length(max(1, -(-n_samples//self.unit)))
+    L = self.unit*quick_length(-(-(n_samples + self.unit//2)//self.unit))
     key = L, like.dtype, like.device
     if key not in self._kept:
         while len(self._kept) > 3: self._kept.pop(next(iter(self._kept)))

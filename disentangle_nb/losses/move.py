@@ -39,27 +39,30 @@ class MoveLoss(nn.Module):
     "Reconstruction, prior, translation and cycle; each with a name and a weight."
     def __init__(self,
                  translate:str=None,   # 'mmd', 'gan' or None
-                 prior:str='kl',       # 'kl', or 'mmd' to the prior, with a trace of KL
+                 prior:str='kl',       # 'kl'; 'mmd' to the prior, with a trace of KL; or 'both'
                  cycle:bool=False,     # There and back
                  variance:float=.03,    # $\sigma_x^2$ of a point of a slice, in the feature's units
                  weights:dict=None,    # In place of those in `WEIGHTS`
                  adversary:nn.Module=None, # For 'gan'
+                 distance:str='squared', # Of slices: 'squared', in nats, or 'absolute', the mean over points
                 ):
         super().__init__()
         if translate not in (None, 'mmd', 'gan'): raise ValueError(f"translate is 'mmd', 'gan' or None; got {translate!r}")
-        if prior not in ('kl', 'mmd'): raise ValueError(f"prior is 'kl' or 'mmd'; got {prior!r}")
+        if prior not in ('kl', 'mmd', 'both'): raise ValueError(f"prior is 'kl', 'mmd' or 'both'; got {prior!r}")
+        if distance not in ('squared', 'absolute'): raise ValueError(f"distance is 'squared' or 'absolute'; got {distance!r}")
         if translate == 'gan' and adversary is None: raise ValueError("translate='gan' needs an adversary")
         if unknown := set(weights or ()) - set(WEIGHTS): raise ValueError(f"no such weight: {', '.join(sorted(unknown))}; there is {', '.join(WEIGHTS)}")
-        self.translate, self.prior, self.cycle, self.variance = translate, prior, cycle, variance
+        self.translate, self.prior, self.cycle, self.variance, self.distance = translate, prior, cycle, variance, distance
         self.weights, self.parts, self.faithful = WEIGHTS | (weights or {}), {}, False
         if translate == 'gan': self.adversary = adversary
 
     def nats(self, a, b): return (a - b).square().mean()*(a[0].numel()/2/self.variance)
+    def far(self, a, b): return (a - b).abs().mean() if self.distance == 'absolute' else self.nats(a, b)
 
     def latent(self, out):
         kl = kl_nats(out['mu'], out['logvar']).mean()
         if self.prior == 'kl': return dict(kl=(kl, 1.))
-        return dict(kl=(kl, .1), prior=(latent_mmd2(out['z']), 1.))
+        return dict(kl=(kl, .1 if self.prior == 'mmd' else 1.), prior=(latent_mmd2(out['z']), 1.))
 
     def translation(self, out, whole):
         k = len(out['x'])//len(whole)
@@ -71,13 +74,13 @@ class MoveLoss(nn.Module):
                 out:dict,           # What the model gives
                 whole:torch.Tensor, # Columns in which all blocks play the same note `(m,)`, bool
                )->torch.Tensor:
-        recon = self.nats(out['x'], out['x_hat'])
+        recon = self.far(out['x'], out['x_hat'])
         terms = dict(recon=(recon, 1.)) | self.latent(out)
         if 'x_to' in out and self.translate and whole.sum() > 1: terms |= self.translation(out, whole)
         if 'x_back' in out and self.cycle:
-            terms |= dict(cycle=(self.nats(out['x'], out['x_back']) + self.weights['kl']*kl_nats(out['mu_back'], out['logvar_back']).mean(), 1.))
+            terms |= dict(cycle=(self.weights['recon']*self.far(out['x'], out['x_back']) + self.weights['kl']*kl_nats(out['mu_back'], out['logvar_back']).mean(), 1.))
         total = sum(self.weights[k]*share*v for k, (v, share) in terms.items())
-        self.parts = {k: v.detach() for k, (v, _) in terms.items()} | dict(lower_bound=-(recon + terms['kl'][0]).detach())
+        self.parts = {k: v.detach() for k, (v, _) in terms.items()} | dict(lower_bound=-(self.nats(out['x'], out['x_hat']) + terms['kl'][0]).detach())
         return total
 
     def critic(self, out): # What the adversary minimises, with its own optimiser
