@@ -133,3 +133,23 @@ def test_following_stops_for_nothing():
 def test_dialects_of_tracks(tmp_path, text, hz):
     (tmp_path/'t.csv').write_text(text, encoding='utf-8')
     np.testing.assert_allclose(PitchTrack.read(tmp_path/'t.csv').hz, hz)
+
+
+@pytest.mark.parametrize('track, text', [(line(440., .2), 'no pitch after 0.2 s'), (PitchTrack([], []), 'no pitch at all'), (PitchTrack([0., .5], [math.nan]*2), 'no pitch at all')])
+def test_a_track_of_a_small_part_is_warned_of(system, track, text):
+    with pytest.warns(UserWarning, match=text): transfer(system, tone(), 'Violin', track=track, **KNOWN)
+
+
+def test_a_note_that_is_asked_for_is_in_tune(system):
+    """A source a quarter tone off is played in tune when `pitch` says what to play; its vibrato stays."""
+    class Told(MoVE):
+        def decode(self, z, timbre, pitch, blocks=False):
+            x = torch.full((len(z), 125, 16), -1.)
+            x[:, 60] = 1.
+            return x
+    odd = Disentangler(NSGTMel(125), Told(3, 125, pitches=range(55, 80)).eval(), system.vocabs)
+    codes = dict(z=torch.zeros(1, 49, 3), timbre=torch.eye(3)[:1].expand(1, 49, 3), pitch=torch.zeros(1, 49, 21))
+    heard = Heard([line(440.*2**(.45/12), 10.)])
+    rows = lambda **kw: woven(odd, codes, heard, 400, **kw)[0, :, 200]
+    assert torch.allclose(rows(pitch=69), torch.full((125,), -1.).index_fill(0, torch.tensor(60), 1.), atol=1e-4)
+    assert (rows()[60] - 1).abs() > .1

@@ -10,8 +10,8 @@ __all__ = ['PAIR', 'profiles', 'EIGHT', 'TOLD', 'MoveCard', 'move_card', 'dynami
            'run_study', 'pulse', 'solo_study', 'path_study', 'study_sounds', 'show_violins', 'show_centroids',
            'show_codes', 'study_grid', 'pack_study', 'study_results', 'ladder_table']
 
-# %% ../../nbs/82_studies.move.ipynb #c44881f2
-import itertools, math, time
+# %% ../../nbs/82_studies.move.ipynb #aec07ac5
+import itertools, math, time, warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,6 +25,7 @@ from ..features.descriptors import cents_between, midi_to_hz, note_f0
 from ..features.nsgt import NSGTMel
 from ..features.timbre import describe, units
 from ..features.track import track_pitch
+from ..losses.mmd import permutation_test
 from ..models.move import PRESETS, move_model
 from ..models.system import Disentangler
 from ..plot import panels
@@ -59,7 +60,7 @@ class MoveCard(RunCard):
 PAIR = dict(instruments=('Alto-Saxophone', 'Violin'), columns=32, epochs=50)
 profiles = dict(quick=dict(variance=.1, n_bins=125, instruments=('Alto-Saxophone', 'Violin'), low=66, high=77, dur=.5, columns=16, epochs=16, lr=2e-3), cpu=dict(), paper=dict(wide=True, dur=5., columns=32, epochs=150))
 
-# %% ../../nbs/82_studies.move.ipynb #1e9feee5
+# %% ../../nbs/82_studies.move.ipynb #11865350
 def move_card(preset:str='move_multi', # Rung of the ladder
               profile:str='cpu',       # 'quick', 'cpu' or 'paper'
               **changes                # Settings that differ
@@ -85,14 +86,25 @@ def hold_fifth(table:pd.DataFrame, # Notes
 
 def study_table(card:MoveCard, # Settings
                )->pd.DataFrame: # Notes with `split`
-    "The notes of a card."
+    "The notes of a card, divided; every two instruments share held-out notes, or it says which don't."
     if card.data == 'orchestra': table = orchestra_table(list(card.instruments) or None, (card.low, card.high), card.velocities)
     else:
-        table = read_table(card.data)
-        known = set(table.instrument)
+        every = read_table(card.data)
+        known = set(every.instrument)
         if missing := [i for i in card.instruments if i not in known]: raise CardError(f"no {missing[0]} in {card.data}; it has {', '.join(sorted(known))}")
-        table = table[table.midi.between(card.low, card.high) & (table.instrument.isin(card.instruments) if card.instruments else True)].reset_index(drop=True)
-    return hold_fifth(table, card.division)
+        every = every[every.instrument.isin(card.instruments)] if card.instruments else every
+        table = every[every.midi.between(card.low, card.high)].reset_index(drop=True)
+        if table.empty: raise CardError(f"no note of {card.data} lies between MIDI {card.low} and {card.high}; they are at {every.midi.min()} to {every.midi.max()}. Set low and high")
+        if len(table) < len(every):
+            out = every.instrument[~every.midi.between(card.low, card.high)].value_counts()
+            warnings.warn(f"left out, outside MIDI {card.low} to {card.high}: " + ', '.join(f'{n} of {i}' for i, n in out.items()))
+    names = sorted(set(table.instrument))
+    if len(names) < 2: raise CardError(f"a transfer takes two instruments with notes from MIDI {card.low} to {card.high}; there is only {names[0]}")
+    table = hold_fifth(table, card.division)
+    held = {n: set(zip(g.midi, g.dynamics)) for n, g in table[table.split == 'valid'].groupby('instrument')}
+    for a, b in itertools.combinations(names, 2):
+        if not held.get(a, set()) & held.get(b, set()): raise CardError(f"{a} and {b} have no shared note among those held out (same pitch, same dynamic); choose other instruments, low and high, or another division")
+    return table
 
 def study_data(card:MoveCard,       # Settings
                feature=None,        # Of a system that exists; one in the scale of the training notes when None
@@ -178,7 +190,7 @@ def played(model,      # A translator
         out.append(model.decode(z, own if to is None else who(torch.full_like(i, to)), pitch))
     return torch.cat(out)
 
-# %% ../../nbs/82_studies.move.ipynb #327a378f
+# %% ../../nbs/82_studies.move.ipynb #e135225d
 def log_distance(a:torch.Tensor,     # Slices or notes `(b, f, n)`, normalised
                  b:torch.Tensor,     # Others
                  feature:NSGTMel,    # Whose scale they are in
@@ -199,12 +211,14 @@ def by_note(x:torch.Tensor, # Slices `(b, f, n)`, all of each note
 def quality(x:torch.Tensor, # Slices that were made `(b, f, n)`
             s:Slices,       # The real ones
             feature:NSGTMel, # Whose scale they are in
-           )->dict:         # 'rmse' (normalised), 'lsd' (dB), 'convergence'
+           )->dict:         # 'rmse' (normalised), 'lsd' (dB) with its 'lsd_interval' over notes, 'convergence'
     "How near slices are to the real ones, note by note."
     made, real = by_note(x, s), by_note(s.x, s)
     size = lambda a: a.flatten(1).norm(dim=1)
     near = size(feature.amplitude(made) - feature.amplitude(real))/size(feature.amplitude(real))
-    return dict(rmse=(x - s.x).square().mean().sqrt().item(), lsd=log_distance(made, real, feature).mean().item(), convergence=near.mean().item())
+    far = log_distance(made, real, feature).numpy()
+    lsd, *ends = note_interval(lambda i: far[i].mean(), range(len(far)))
+    return dict(rmse=(x - s.x).square().mean().sqrt().item(), lsd=lsd, lsd_interval=ends, convergence=near.mean().item())
 
 def note_means(data:NoteData, # Notes
               )->torch.Tensor: # `(k, p, f)`, instruments by pitches of the vocabulary
@@ -225,7 +239,7 @@ def baseline_study(data:NoteData, # Notes
     three = torch.from_numpy(pca.inverse_transform(pca.transform(va.x.flatten(1).numpy()))).float().view_as(va.x)
     return {'mean of instrument and note': quality(mean, va, feature), 'three components': quality(three, va, feature)}
 
-# %% ../../nbs/82_studies.move.ipynb #52425211
+# %% ../../nbs/82_studies.move.ipynb #05b8ce7b
 def mean_shift(data:NoteData, # Notes
               ):             # Function of slices and a position in the vocabulary -> slices
     "Transfer without a network: from the source's mean spectrum of the note to the target's."
@@ -249,11 +263,12 @@ def transfer_study(model,         # A translator
                   )->dict:        # 'pairs': a dict a pair; means over them: 'ratio', 'called' the target, 'before' the transfer, 'real' ones of the target, 'told' apart
     "Populations of transferred slices against real ones."
     tr = slices_of(data, 'train')
-    judge, rows = neighbours(tr.x, tr.timbre), []
+    judge, rows, which = neighbours(tr.x, tr.timbre), [], lambda s: s.midi*1000 + s.level
     for pair, b, src, moved, tgt in crossings(model, data):
         called, share = judge(moved) == b, lambda x: float((judge(x) == b).mean())
         rows.append(pair | dict(**transfer_ratio(moved, src.x, tgt.x), called=note_interval(lambda i: called[i].mean(), src.note), before=share(src.x), real=share(tgt.x),
-                                told=two_sample(moved, tgt.x, torch.cat([src.midi*1000 + src.level, tgt.midi*1000 + tgt.level]))))
+                                told=two_sample(moved, tgt.x, torch.cat([which(src), which(tgt)])),
+                                p=permutation_test(moved.flatten(1), tgt.x.flatten(1), 200, notes=(src.note, tgt.note), keys=(which(src), which(tgt)))['p']))
     mean = lambda k: float(np.mean([r[k][0] if isinstance(r[k], tuple) else r[k] for r in rows]))
     return dict(pairs=rows, **{k: mean(k) for k in ('ratio', 'called', 'before', 'real', 'told')})
 

@@ -37,6 +37,7 @@ def descriptor_cube(system,            # A `Disentangler` whose factor has three
                     **held             # The other factors, as for `decoder_of`
                    )->dict:            # Descriptor -> `(p, n, n)`
     "What the decoder makes of every point of a cube, in physical units."
+    if (d := system.model.args.get('latent')) not in (None, 3): raise ValueError(f"a cube has three dimensions, the code of this system {d}")
     if axis not in (0, 1, 2): raise ValueError(f"axes are 0, 1 and 2; got {axis}")
     if alien := [k for k in names if k not in MAPS]: raise ValueError(f"no map of {alien[0]!r}; there is {', '.join(MAPS)}")
     if not hasattr(system.feature, 'amplitude'): raise ValueError(f"{type(system.feature).__name__} has no `amplitude`, so its inputs can't be described in Hz")

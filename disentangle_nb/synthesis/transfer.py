@@ -87,6 +87,7 @@ class Heard:
     def from_(self, seconds): return Heard([t.from_(seconds) for t in self.tracks], self.source, self.folded) # Of a later block
     def windows(self, first, size, sr): return torch.cat([t.windows(first, size, sr) for t in self.tracks]) # `(b, w)`
     def at(self, t): return torch.stack([hz_to_midi(k.at(t)) for k in self.tracks]) # MIDI numbers at times of any shape
+    def off(self): return torch.stack([m - m.round() for m in (k.midi.nanmedian() for k in self.tracks)]).nan_to_num() # How far it is out of tune, semitones
     def told(self): return dict(pitch=self) | ({} if self.source is None else dict(timbre=self.source)) # For `Disentangler.encode`
 
 def asks(system)->bool: # Does it have to be told the notes?
@@ -119,6 +120,7 @@ def listen(system:Disentangler, # Trained
         return None
     if source is not None: asked(system.index, 'timbre', source)
     tracks = None if track is None else [(track if isinstance(track, PitchTrack) else PitchTrack.read(track)).fits(duration, 'the track' if isinstance(track, PitchTrack) else track)]
+    for t in tracks or (): _warn_short(t, duration)
     if tracks is None or source is None:
         found, clear, (at, loudest) = _follow(parts(), overlap, system.sr)
         if tracks is None: _warn_unclear(found, *clear.tolist())
@@ -136,6 +138,11 @@ def _player(system, clips, heard):
     return [system.vocabs['timbre'][int(c.reshape(-1, c.shape[-1])[0].argmax())] for c in codes]
 
 # %% ../../nbs/70_synthesis.transfer.ipynb #455c57ee
+def _warn_short(track, duration):
+    "Say when a track leaves most of a sound untold."
+    last = float(track.time[track.voiced][-1]) if track.voiced.any() else 0.
+    if last < duration/2: warnings.warn(f"the track {f'has no pitch after {last:.2g} s' if last else 'has no pitch at all'}, and the sound lasts {duration:.3g} s; what isn't told is played on the last note, or guessed", stacklevel=3)
+
 def _warn_unclear(tracks, clear, energy):
     "Say when a melody is no melody."
     if energy < 1e-9: return
@@ -186,6 +193,7 @@ def _slices(system, codes, heard, starts, at, shift, pitch):
     parts = {f: between(v, starts, at.to(v.device)) for f, v in codes.items() if f != 'pitch'} | dict(pitch=system.model.notes(note).to(system.device))
     y = system.model.decode(**{f: v.flatten(0, 1) for f, v in parts.items()}).float().unflatten(0, (-1, len(at)))
     cents = 100*(heard.at((at[:, None] + torch.arange(size))*hop/system.sr) - midi[..., None])
+    if pitch is not None: cents = cents - 100*heard.off()[:, None, None]
     return bent(y, torch.where(cents.abs() < 300, cents, 0.).to(y).expand(len(y), -1, -1), system.feature.freqs)
 
 def woven(system:Disentangler, # Trained, one that asks
