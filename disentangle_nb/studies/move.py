@@ -8,7 +8,7 @@ __all__ = ['PAIR', 'profiles', 'EIGHT', 'TOLD', 'MoveCard', 'move_card', 'dynami
            'quality', 'note_means', 'baseline_study', 'mean_shift', 'crossings', 'transfer_study', 'described',
            'descriptor_study', 'sound_of', 'in_tune', 'pitch_study', 'codes_of', 'latent_study', 'evaluate_study',
            'run_study', 'pulse', 'solo_study', 'path_study', 'study_sounds', 'show_violins', 'show_centroids',
-           'show_codes', 'study_grid', 'pack_study', 'study_results', 'ladder_table']
+           'show_codes', 'study_grid', 'pack_study', 'study_results', 'study_frame', 'ladder_table']
 
 # %% ../../nbs/82_studies.move.ipynb #aec07ac5
 import itertools, math, time, warnings
@@ -511,7 +511,7 @@ def show_codes(codes:dict,  # From `codes_of`, tensors or lists
         ax.legend(fontsize=6, markerscale=3, loc='center left', bbox_to_anchor=(1.08, .5))
     return axes
 
-# %% ../../nbs/82_studies.move.ipynb #53718c12
+# %% ../../nbs/82_studies.move.ipynb #066b3e49
 def study_grid(seeds=range(3),        # Seeds
                division:int=4,        # What is held out
                presets=tuple(PRESETS), # Rungs of the ladder
@@ -538,15 +538,20 @@ def study_results(name:str='ladder', # Of the set
     file = Path(folder or repo_root()/'data'/'results'/'move')/f'{name}.json'
     return read_json(file)['runs'] if file.exists() else []
 
-TOLD = dict(rmse='recon/rmse', lsd='recon/lsd', ratio='transfer/ratio', called='transfer/called', before='transfer/before', real='transfer/real', centroid='descriptors/share/centroid',
-            moves='descriptors/centroid_moves', tune='pitch/moved/class', octave='pitch/moved/exact', active='latent/active', reads_pitch='latent/pitch', parameters='parameters', seconds='seconds')
+TOLD = dict(rmse='recon/rmse', lsd='recon/lsd', ratio='transfer/ratio', called='transfer/called', before='transfer/before', real='transfer/real', told='transfer/told',
+            moves='descriptors/centroid_moves', tune='pitch/moved/class', octave='pitch/moved/exact', active='latent/active', parameters='parameters', seconds='seconds')
+TOLD |= {k: f'descriptors/share/{k}' for k in EIGHT} | {f'reads {k}': f'latent/{k}' for k in ('pitch', 'octave', 'timbre', 'level')}
 
-def ladder_table(runs:list, # As `study_results` gives them
-                )->pd.DataFrame: # One row a preset: mean and range over seeds
-    "What each rung is worth."
+def study_frame(runs:list, # As `study_results` gives them
+               )->pd.DataFrame: # One row a run: 'preset', 'seed', and what `TOLD` names
+    "Numbers of runs, side by side."
     def at(r, path):
         for k in path.split('/'): r = r.get(k, math.nan) if isinstance(r, dict) else math.nan
         return r
-    rows = pd.DataFrame([dict(preset=r['card']['preset'], **{k: at(r['result'], p) for k, p in TOLD.items()}) for r in runs])
+    return pd.DataFrame([dict(preset=r['card']['preset'], seed=r['card']['seed'], **{k: at(r['result'], p) for k, p in TOLD.items()}) for r in runs])
+
+def ladder_table(frame:pd.DataFrame, # From `study_frame`
+                )->pd.DataFrame:     # One row a preset: mean and range over seeds, as text
+    "What each rung is worth."
     spread = lambda v: f'{v.mean():.3g}' + (f' [{v.min():.3g}, {v.max():.3g}]' if len(v) > 1 and v.max() > v.min() else '')
-    return rows.groupby('preset', sort=False).agg(spread) if len(rows) else rows
+    return frame.drop(columns='seed').groupby('preset', sort=False).agg(spread)
