@@ -33,7 +33,7 @@ from ..synthesis.paths import decoder_of, energy, jumps, line, optimised, paced
 from ..synthesis.transfer import transfer
 from ..training.move import move_dls, move_learner
 
-# %% ../../nbs/82_studies.move.ipynb #90ea9d0b
+# %% ../../nbs/82_studies.move.ipynb #226d001f
 @dataclass(frozen=True)
 class MoveCard(RunCard):
     "Everything that decides the outcome of a MoVE run."
@@ -50,6 +50,7 @@ class MoveCard(RunCard):
     wide:bool = False                 # The network for a graphics card
     variance:float = .03              # Variance of a point in the objective, in the feature's units
     prior:Literal['', 'kl', 'mmd', 'both'] = '' # What holds the codes together, if not the rung's own
+    distance:Literal['squared', 'absolute'] = 'squared' # How slices are compared
     weights:dict[str, float] | None = None # Weights of the objective that differ from `losses.move.WEIGHTS`
     epochs:int = 40                   # Passes over the training notes
     columns:int = 16                  # Notes a batch, each played by every instrument
@@ -115,7 +116,7 @@ def study_data(card:MoveCard,       # Settings
     frames = feature.shape(round(card.dur*feature.sr))[1]//16*16
     return note_data(study_table(card), feature, dur=card.dur, frames=frames, fit_range=fit, keep_wav=keep_wav)
 
-# %% ../../nbs/82_studies.move.ipynb #5a4bc4ba
+# %% ../../nbs/82_studies.move.ipynb #75c9b9dc
 def study_learner(card:MoveCard, # Settings
                   data:NoteData, # Its notes
                   device='cpu',  # Where to train
@@ -125,7 +126,7 @@ def study_learner(card:MoveCard, # Settings
     seed_everything(card.seed)
     dls = move_dls(data, card.columns, seed=card.seed, device=device)
     model = move_model(card.preset, len(data.vocabs['timbre']), card.wide, n_bins=card.n_bins, latent=card.latent, pitches=tuple(data.vocabs['pitch']))
-    return move_learner(dls, card.preset, model, card.variance, card.weights, card.prior or None, card.lr, seed=card.seed, bf16=card.bf16, cbs=cbs)
+    return move_learner(dls, card.preset, model, card.variance, card.weights, card.prior or None, card.distance, card.lr, seed=card.seed, bf16=card.bf16, cbs=cbs)
 
 def train_study(card:MoveCard,  # Settings
                 device='auto',  # Where to train
@@ -370,7 +371,7 @@ def run_study(card:MoveCard, # Settings
     if out: system.save(Path(out))
     return dict(seconds=system.card['seconds'], **evaluate_study(system, data), baselines=baseline_study(data))
 
-# %% ../../nbs/82_studies.move.ipynb #93f96728
+# %% ../../nbs/82_studies.move.ipynb #8f66c163
 def pulse(wav:torch.Tensor, # Clip `(t,)`
           sr:int,           # Its rate, Hz
           rates,            # Rates of modulation, Hz
@@ -389,10 +390,14 @@ def solo_study(system,           # Trained
                wav:torch.Tensor, # A melody `(t,)` at the system's rate
                to:str,           # Instrument
                source:str=None,  # Who plays; the likeliest when None
+               folder=None,      # Where to leave both sounds, named as the published ones
+               name:str='solo',  # Beginning of those names
               )->dict:           # 'inside' the trained range, share of the voiced; 'kept' within 50 cents, share of those; 'pulse' in dB, 'pulse_before', and 'chance', the 95 % point of other rates
     "Does a melody survive, and do seams show?"
     sung, rate = track_pitch(wav), system.sr/system.feature.hop/(system.size//2)
     moved = transfer(system, wav, to, source=source, track=sung)
+    if folder is not None:
+        for end, x in ((f'___{source}_input', wav), (f'__{to}_transfer', moved)): save_audio(Path(folder)/f'{name}{end}.wav', x/max(1., x.abs().max().item()), system.sr)
     inside = (sung.midi > min(system.vocabs['pitch']) - .5) & (sung.midi < max(system.vocabs['pitch']) + .5)
     off = (track_pitch(moved).midi - sung.midi)[inside]
     others = [r for r in np.arange(6, 40, .5) if min(abs(r - k*rate/2) for k in range(1, 6)) > 1]

@@ -157,8 +157,9 @@ def move_learner(dls,                  # From `move_dls`
                  preset:str='move_multi', # A rung of the ladder
                  model:MoVE=None,      # The preset's when None
                  variance:float=.03,    # $\sigma_x^2$ of the objective
-                 weights:dict=None,    # Of the objective, in place of the rung's and of `losses.move.WEIGHTS`
+                 weights:dict=None,    # Of the objective, in place of `losses.move.WEIGHTS`
                  prior:str=None,       # 'kl', 'mmd' or 'both' in place of the rung's
+                 distance:str='squared', # Of slices, 'squared' or 'absolute'
                  lr:float=1e-3,        # Learning rate when `fit` gets none
                  clip:float=10.,       # Largest norm of the gradient
                  seed:int=0,           # Of the pairings
@@ -171,11 +172,11 @@ def move_learner(dls,                  # From `move_dls`
     model = move_model(preset, k, n_bins=f, n_frames=n) if model is None else model
     rung = PRESETS[preset]
     gan = rung.get('translate') == 'gan'
-    loss = MoveLoss(rung.get('translate'), prior or rung.get('prior', 'kl'), rung.get('cycle', False), variance, rung.get('weights', {}) | (weights or {}),
-                    Adversary(k, f, n) if gan else None, rung.get('distance', 'squared'))
-    w, late = loss.weights, rung.get('late', True)
-    scheds = dict(kl=Scaled(ramp(0., .4), w['kl'])) | {p: Scaled(ramp(.2, .4), w[p]) for p in ('translate', 'gan', 'cycle')} if late else {}
-    own = [GradientClip(clip)] + ([Route(.2 if late else 0., loss.cycle, seed)] if loss.translate else []) + ([Critic(1e-4, (.5, .999))] if gan else [])
+    loss = MoveLoss(rung.get('translate'), prior or rung.get('prior', 'kl'), rung.get('cycle', False), variance, weights,
+                    Adversary(k, f, n) if gan else None, distance)
+    w, late = loss.weights, ramp(.2, .4)
+    scheds = dict(kl=Scaled(ramp(0., .4), w['kl'])) | {p: Scaled(late, w[p]) for p in ('translate', 'gan', 'cycle')}
+    own = [GradientClip(clip)] + ([Route(cycle=loss.cycle, seed=seed)] if loss.translate else []) + ([Critic(1e-4, (.5, .999))] if gan else [])
     names = ['recon', 'kl', 'lower_bound']
     return system_learner(dls, model, loss, names, lr, opt_func=kw.pop('opt_func', None) or adam(amsgrad=False),
                           splitter=lambda m: [trainable_params(m)], schedules=scheds, cbs=[*own, *L(cbs)], **kw)
