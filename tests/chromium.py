@@ -47,7 +47,10 @@ class Browser:
     def call(self, method, **params):
         self.sent += 1
         self.socket.send(json.dumps(dict(id=self.sent, method=method, params=params)))
-        while (answer := json.loads(self.socket.recv())).get('id') != self.sent: self.events.append(answer)
+        while (answer := json.loads(self.socket.recv())).get('id') != self.sent:
+            self.events.append(answer)
+            if answer.get('method') == 'Page.javascriptDialogOpening':  # an unsaved notebook asks whether one may leave
+                self.socket.send(json.dumps(dict(id=0, method='Page.handleJavaScriptDialog', params=dict(accept=True))))
         if 'error' in answer: raise RuntimeError(f"{method}: {answer['error']['message']}")
         return answer['result']
 

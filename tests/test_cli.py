@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 
 from disentangle_nb import cli
-from disentangle_nb.audio import load_audio, save_audio
+from disentangle_nb.audio import load_audio, resample, save_audio
 from disentangle_nb.core import shared_audio
+from disentangle_nb.features.track import track_pitch
 from disentangle_nb.models.system import Disentangler
 from release import lay_out
 
@@ -22,10 +23,10 @@ def tone(midi, partials, sr=16000, dur=.7):
 
 
 def collection(folder, midi=range(57, 67), partials=PARTIALS):
-    "A folder of notes with its metadata.csv."
+    "A folder of notes with its metadata.csv; pitches for all, or for each."
     rows = ['file,instrument,midi_pitch']
     for name, p in partials.items():
-        for m in midi:
+        for m in midi[name] if isinstance(midi, dict) else midi:
             save_audio(folder/f'{name}-{m}.wav', tone(m, p), 16000)
             rows.append(f'{name}-{m}.wav,{name},{m}')
     (folder/'metadata.csv').write_text('\n'.join(rows))
@@ -263,6 +264,63 @@ def test_transfer_as_a_process(place):
     assert f'wrote {written.relative_to(place)}' in out
     wav, sr = load_audio(written, mono=False)
     assert sr == 44100 and wav.shape == (1, int(44100*1.3))
+
+
+def sung(path):
+    "Pitches that a file has, as MIDI numbers."
+    track = track_pitch(resample(*load_audio(path), 22050))
+    return track.midi[track.voiced]
+
+
+def melody(path, *notes, dur=.7):
+    "A track of notes, one after the other, each as long."
+    at = lambda t: 440*2**((notes[min(int(t/dur*len(notes)), len(notes) - 1)] - 69)/12)
+    path.write_text('time,frequency\n' + ''.join(f'{t:.2f},{at(t):.3f}\n' for t in np.arange(0, dur + .005, .01)))
+
+
+def test_a_hiss_is_given_the_melody_of_a_track(tmp_path, capsys):
+    save_audio(tmp_path/'hiss.wav', .1*torch.randn(11200, generator=torch.Generator().manual_seed(0)), 16000)
+    melody(tmp_path/'melody.csv', 67, 72)
+    assert cli.transfer(['move-small', tmp_path/'hiss.wav', '--to', 'Violin', '--f0', tmp_path/'melody.csv', '--out', tmp_path/'out.wav']) == 0
+    told = capsys.readouterr()
+    assert told.out == f"wrote {tmp_path/'out.wav'}\n" and 'warning' not in told.err
+    (wav, sr), midi = load_audio(tmp_path/'out.wav'), sung(tmp_path/'out.wav')
+    assert (sr, len(wav)) == (16000, 11200) and len(midi) > 25  # of 31 points
+    assert abs(midi[:10].median() - 67) < .5 and abs(midi[-10:].median() - 72) < .5  # within half a semitone
+
+
+def test_who_plays_can_be_said(tmp_path, capsys):
+    save_audio(tmp_path/'in.wav', tone(69, PARTIALS['Trompette']), 16000)
+    said = {}
+    for name in ('Trumpet', 'Clarinet-Bb'):
+        assert cli.transfer(['move-small', tmp_path/'in.wav', '--to', 'Violin', '--from', name, '--out', tmp_path/f'{name}.wav']) == 0
+        said[name] = load_audio(tmp_path/f'{name}.wav')[0]
+        assert abs(sung(tmp_path/f'{name}.wav').median() - 69) < .5
+    assert (said['Trumpet'] - said['Clarinet-Bb']).abs().max() > .01
+    assert not capsys.readouterr().err
+
+
+def test_a_low_note_is_folded_into_the_range(tmp_path, capsys):
+    save_audio(tmp_path/'low.wav', tone(45, PARTIALS['Trompette']), 16000)
+    assert cli.transfer(['move-small', tmp_path/'low.wav', '--to', 'Violin', '--fold', '--out', tmp_path/'out.wav']) == 0
+    assert 'A2' in (err := capsys.readouterr().err) and 'moved into it by octaves' in err
+    midi = sung(tmp_path/'out.wav')
+    assert len(midi) > 25 and (midi > 54.5).all() and (midi < 79.5).all() and abs(midi.median() - 57) < .5  # G3 to G5; from A2 it is one octave
+
+
+@pytest.mark.parametrize('run, args, says', [('move-small', ['--from', 'Tuba'], ['Tuba', 'Alto-Saxophone, Clarinet-Bb, Trumpet, Violin']), ('move-small', ['--f0', 'none.csv'], ['none.csv', "can't be read"]),
+                                             ('move-small', ['--f0', 'ms.csv'], ['milliseconds']), ('notes-small', ['--from', 'Violin'], ['by itself']), ('notes-small', ['--fold'], ['by itself'])])
+def test_transfer_refuses_what_it_cannot_be_told(capsys, tmp_path, run, args, says):
+    save_audio(tmp_path/'in.wav', tone(69, [1, .5]), 16000)
+    (tmp_path/'ms.csv').write_text('0,440\n350,440\n700,440\n')
+    refused(capsys, tmp_path, 'transfer', [run, 'in.wav', '--to', 'Violin', *args], *says)
+
+
+@pytest.mark.parametrize('notes, says', [(dict(Diapason=range(66, 78)), 'two instruments'), (dict(Diapason=range(66, 72), Gedackt=range(72, 78)), 'shared'),
+                                         (dict(Diapason=range(40, 44), Gedackt=range(40, 44)), 'no note')])
+def test_move_refuses_notes_without_pairs_before_it_trains(capsys, tmp_path, notes, says):
+    collection(tmp_path/'organ', notes, {name: PARTIALS[name] for name in notes})
+    refused(capsys, tmp_path, 'train', ['move', '--profile', 'quick', '--data', 'organ', '--out', 'run'], says)
 
 
 def test_real_recordings_keep_their_length(place, tmp_path):

@@ -12,17 +12,20 @@ from disentangle_nb.models.system import Disentangler
 from disentangle_nb.synthesis.explore import Explorer, explorer_html, explorer_page, framed, move_times, page_plan
 
 root = Path(__file__).resolve().parents[1]
-CHOICES, MOST = dict(timbre=['Oboe', 'Flute'], pitch=[57, 69]), 40
+RUNS, CHOICES, MOST = ('notes-small', 'move-small'), dict(timbre=['Violin', 'Trumpet'], pitch=[57, 69]), 40
+SECONDS = .45  # of a sound on the page
 SAMPLES = '''fetch(document.querySelector("audio").src).then(r => r.arrayBuffer()).then(b => new OfflineAudioContext(1, 1, 22050).decodeAudioData(b))
     .then(b => Array.from(b.getChannelData(0), v => Math.round(v*1e4)/1e4))'''
 CLOCK = '''window.took = []; document.addEventListener("keydown", () => window.since = performance.now(), true)
     const sound = document.querySelector("audio"); sound.addEventListener("loadstart", () => window.made = performance.now())
     sound.addEventListener("playing", () => took.push([made - since, performance.now() - since])); 0'''
 PLAYED = '''window.played = 0; document.querySelector("audio").addEventListener("playing", () => played++); 0'''
+CAPTION = '[...document.querySelectorAll(".widget-html-content p")].map(p => p.textContent).join()'
+each = pytest.mark.parametrize('system', RUNS, indirect=True)
 
 
 @pytest.fixture(scope='module')
-def system(): return Disentangler.load('notes-small', 'cpu')
+def system(request): return Disentangler.load(getattr(request, 'param', RUNS[0]), 'cpu')
 
 
 @pytest.fixture(scope='module')
@@ -45,7 +48,7 @@ def click(browser, selector):
 
 
 def press(browser, key):
-    for kind in ('keyDown', 'keyUp'): browser.call('Input.dispatchKeyEvent', type=kind, key=key, code=key, windowsVirtualKeyCode={'ArrowLeft': 37, 'ArrowUp': 38, 'ArrowRight': 39}[key])
+    for kind in ('keyDown', 'keyUp'): browser.call('Input.dispatchKeyEvent', type=kind, key=key, code=key, windowsVirtualKeyCode=dict(End=35, ArrowLeft=37, ArrowUp=38, ArrowRight=39)[key])
 
 
 def after(browser, move):
@@ -63,6 +66,7 @@ def alike(a, b):
     return float(A @ B/np.sqrt((A @ A)*(B @ B)))
 
 
+@each
 def test_a_move_on_the_page_changes_what_plays(browser, page, system):
     browser.width(1280)
     browser.open(page.as_uri())
@@ -70,29 +74,30 @@ def test_a_move_on_the_page_changes_what_plays(browser, page, system):
     plane = page_plan(Explorer(system), CHOICES, MOST)[1]
     (across, xs), (up, ys) = plane.items()
     first = after(browser, lambda: click(browser, '#plane button:nth-child(2)'))     # the top row is the highest
-    want = lambda **kw: Explorer(system, n_iter=16).sound(**{'timbre': 'Oboe', 'note': 'A', 'octave': 3, across: xs[1], up: ys[-1]} | kw)[:len(first)]
+    want = lambda **kw: Explorer(system, SECONDS, 16).sound(**{'timbre': 'Violin', 'note': 'A', 'octave': 3, across: xs[1], up: ys[-1]} | kw)[:len(first)]
     assert alike(first, want()) > .95
     beside = after(browser, lambda: press(browser, 'ArrowRight'))
     assert alike(beside, want(**{across: xs[2]})) > .95 and alike(first, beside) < .999
     def choose(k, i): browser.evaluate(f'(s => {{ s.selectedIndex = {i}; s.dispatchEvent(new Event("change")) }})(document.querySelectorAll("select")[{k}])')
-    flute = after(browser, lambda: choose(0, 1))
-    assert alike(flute, want(timbre='Flute', **{across: xs[2]})) > .95 > alike(flute, beside)
+    trumpet = after(browser, lambda: choose(0, 1))
+    assert alike(trumpet, want(timbre='Trumpet', **{across: xs[2]})) > .95 > alike(trumpet, beside)
     high = after(browser, lambda: choose(1, 1))
-    assert alike(high, want(timbre='Flute', octave=4, **{across: xs[2]})) > .95 > alike(high, flute)
-    assert 'Flute, A4' in browser.evaluate('document.querySelector("#said").textContent')
+    assert alike(high, want(timbre='Trumpet', octave=4, **{across: xs[2]})) > .95 > alike(high, trumpet)
+    assert 'Trumpet, A4' in browser.evaluate('document.querySelector("#said").textContent')
     assert not browser.evaluate('document.querySelector("#trouble").textContent')
     assert not browser.seen('Runtime.exceptionThrown')
 
 
+@each
 def test_every_place_holds_its_own_sound(browser, page, system):
     browser.open(page.as_uri())
-    e, (across, xs), (up, ys) = Explorer(system, n_iter=16), *page_plan(Explorer(system), CHOICES, MOST)[1].items()
+    e, (across, xs), (up, ys) = Explorer(system, SECONDS, 16), *page_plan(Explorer(system), CHOICES, MOST)[1].items()
     last = len(xs)*len(ys) - 1
     for i in (0, last):
         browser.evaluate(f'document.querySelector("#play").checked = false; at = {i}; show(true)')
         got = np.array(browser.evaluate(SAMPLES))
-        assert alike(got, e.sound(timbre='Oboe', note='A', octave=3, **{across: xs[i % len(xs)], up: ys[i//len(xs)]})[:len(got)]) > .95
-        assert browser.evaluate('document.querySelector("audio").duration') == pytest.approx(.45, abs=.01)
+        assert alike(got, e.sound(timbre='Violin', note='A', octave=3, **{across: xs[i % len(xs)], up: ys[i//len(xs)]})[:len(got)]) > .95
+        assert browser.evaluate('document.querySelector("audio").duration') == pytest.approx(SECONDS, abs=.01)
 
 
 def test_silence_stays_when_nothing_should_play_by_itself(browser, page):
@@ -135,16 +140,16 @@ def test_in_a_frame_it_takes_height_and_theme(browser, system, tmp_path):
 
 
 @pytest.fixture
-def lab(tmp_path):
-    "Address of a JupyterLab of its own, on a notebook that shows the controls."
+def lab(request, tmp_path):
+    "Address of a JupyterLab of its own, on a notebook that shows the controls of a run."
     if importlib.util.find_spec('jupyterlab') is None: pytest.skip('JupyterLab is not installed')
-    assert cli.explore(['notes-small', '--notebook', '--no-browser', '--out', str(tmp_path/'explore.ipynb')]) == 0
+    assert cli.explore([request.param, '--notebook', '--no-browser', '--out', str(tmp_path/'explore.ipynb')]) == 0
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     env = dict(os.environ, PYTHONPATH=str(root), OMP_NUM_THREADS='1', IPYTHONDIR=str(tmp_path/'ipython')) | {f'JUPYTER_{k}_DIR': str(tmp_path/k) for k in ('CONFIG', 'DATA', 'RUNTIME')}
     flags = ['--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}', '--ServerApp.port_retries=0', '--IdentityProvider.token=', f'--ServerApp.root_dir={tmp_path}',
              '--LabApp.expose_app_in_browser=True', '--LabApp.news_url=None', '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate']
     with (tmp_path/'log').open('w') as log: server = subprocess.Popen([sys.executable, '-m', 'jupyterlab', *flags], env=env, stdout=log, stderr=log, cwd=tmp_path)
-    address, end = f'http://127.0.0.1:{port}', time.time() + 60
+    address, end = f'http://127.0.0.1:{port}', time.time() + 180
     def answers():
         try: return urlopen(f'{address}/api', timeout=2).status == 200
         except OSError: return False
@@ -159,7 +164,8 @@ def lab(tmp_path):
         except subprocess.TimeoutExpired: server.kill()
 
 
-def test_a_moved_slider_in_jupyterlab_changes_what_plays(browser, lab):
+def run_all(browser, lab):
+    "Open a notebook and run its cells."
     browser.width(1280)
     browser.open(lab)
     browser.wait(lambda: browser.evaluate('!!window.jupyterapp && [...jupyterapp.shell.widgets("main")].some(w => w.sessionContext) && !!document.querySelector(".jp-Notebook .jp-Cell")'), 'JupyterLab')
@@ -169,19 +175,36 @@ def test_a_moved_slider_in_jupyterlab_changes_what_plays(browser, lab):
         for (let i = 0; i < 300 && w.sessionContext.session?.kernel?.status != "idle"; i++) await rest()
         await jupyterapp.commands.execute("notebook:run-all-cells") })()''')
     browser.wait(lambda: browser.evaluate('!!document.querySelector("audio")?.src && !!document.querySelector(".noUi-handle")'), 'the controls')
-    browser.evaluate(PLAYED)
-    before = np.array(browser.evaluate(SAMPLES))
-    caption = '[...document.querySelectorAll(".widget-html-content p")].map(p => p.textContent).join()'
-    assert len(before) > 5000 and 'Accordion' in browser.evaluate(caption)
-    browser.evaluate('document.querySelector(".noUi-handle").focus()')
-    browser.evaluate(CLOCK)
-    moved = after(browser, lambda: press(browser, 'ArrowRight'))
+
+
+def moved(browser, move, says):
+    "Samples that play after a move in JupyterLab, once the caption, which comes after them, says so."
+    sound = after(browser, move)
+    browser.wait(lambda: says in browser.evaluate(CAPTION), f'the caption {says!r}')
+    return sound
+
+
+@pytest.mark.parametrize('system, lab', zip(RUNS, RUNS), indirect=True, ids=RUNS)
+def test_moved_sliders_and_menus_in_jupyterlab_change_what_plays(browser, lab, system):
+    run_all(browser, lab)
+    browser.evaluate(PLAYED), browser.evaluate(CLOCK)
+    e, at, was = Explorer(system), {}, np.array(browser.evaluate(SAMPLES))
+    assert len(e.sliders) == 3 and alike(was, e.sound()) > .95 and e.menus[0].start in browser.evaluate(CAPTION)
+    for i, c in enumerate(e.sliders):
+        browser.evaluate(f'document.querySelectorAll(".noUi-handle")[{i}].focus()')
+        moved(browser, lambda: press(browser, 'ArrowRight'), f'{c.label} = {c.reach/20:g}')
+        now, at[c.name] = moved(browser, lambda: press(browser, 'End'), f'{c.label} = {c.reach:g}'), c.reach
+        assert alike(now, e.sound(**at)) > max(.95, alike(now, was))  # nearer to where the slider stands than to where it stood
+        was = now
     for i in range(6): after(browser, lambda: press(browser, 'ArrowRight' if i % 2 else 'ArrowLeft'))
     made, played = np.median(browser.evaluate('took'), 0)
     print(f'from the key to the new sound {made:.0f} ms, until it plays {played:.0f} ms')
-    assert not np.array_equal(before, moved) and 'direction 0 = 0.1' in browser.evaluate(caption)
-    oboe = after(browser, lambda: browser.evaluate('(s => { s.value = "Oboe"; s.dispatchEvent(new Event("change", { bubbles: true })) })(document.querySelector(".widget-dropdown select"))'))
-    assert 'Oboe' in browser.evaluate(caption) and alike(oboe, moved) < .95
+    choose = lambda k, v: browser.evaluate(f'(s => {{ s.value = "{v}"; s.dispatchEvent(new Event("change", {{ bubbles: true }})) }})(document.querySelectorAll(".widget-dropdown select")[{k}])')
+    for k, (name, value) in enumerate(dict(timbre='Violin', note='A', octave=3).items()):
+        at[name] = value
+        now = moved(browser, lambda: choose(k, value), e.caption(at).rpartition(', ')[0])  # all but the centroid
+        assert alike(now, e.sound(**at)) > .95 > alike(now, was)
+        was = now
 
 
 def test_a_move_is_quick(system):
