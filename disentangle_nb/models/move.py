@@ -8,6 +8,7 @@ __all__ = ['WIDE', 'BOTH', 'NOTE', 'PRESETS', 'pitch_code', 'code_pitch', 'FiLM'
 
 # %% ../../nbs/33_models.move.ipynb #4adc269b
 import math
+from functools import partial
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -97,6 +98,7 @@ class MoVE(nn.Module):
                  kernel:tuple=(7, 3),       # Of the convolutions with stride, (rows, frames)
                  last:tuple=(5, 3),         # Of the last one
                  film:int=128,              # Units of the generators' trunks
+                 slope:float=.1,            # Of the leaky ReLU after every layer
                  pitches:tuple=(),          # MIDI numbers it was trained on; all that a code can say if none is given
                 ):
         super().__init__()
@@ -148,9 +150,10 @@ def posterior(self:MoVE,
     "What the slice says of its code."
     film, own = self.film_in(self.told(self.args['encoder'], timbre, pitch)), _own(self, timbre, blocks)
     h = x[:, None]
-    for layer, g in zip(self.down, film): h = modulate(layer(h, own), g).relu()
+    bend = partial(F.leaky_relu, negative_slope=self.args['slope'])
+    for layer, g in zip(self.down, film): h = bend(modulate(layer(h, own), g))
     h = h.flatten(1)
-    for layer, g in zip(self.inner, film[2:]): h = modulate(layer(h), g).relu()
+    for layer, g in zip(self.inner, film[2:]): h = bend(modulate(layer(h), g))
     if self.args['unit']: return (mu := self.head(h)), torch.zeros_like(mu)
     mu, logvar = self.head(h).chunk(2, -1)
     return mu, logvar.clamp(-10, 4)
@@ -164,10 +167,10 @@ def decode(self:MoVE,
           )->torch.Tensor:      # Slices `(b, f, n)`
     "The slice that a code stands for, played as said."
     film, own = self.film_out(self.told(self.args['decoder'], timbre, pitch)), _own(self, timbre, blocks)
-    h = z
-    for layer, g in zip(self.outer, film): h = modulate(layer(h), g).relu()
+    h, bend = z, partial(F.leaky_relu, negative_slope=self.args['slope'])
+    for layer, g in zip(self.outer, film): h = bend(modulate(layer(h), g))
     h = h.unflatten(1, self.top)
-    for layer, g in zip(self.up[:2], film[-3:]): h = modulate(layer(h, own), g).relu()
+    for layer, g in zip(self.up[:2], film[-3:]): h = bend(modulate(layer(h, own), g))
     return modulate(self.up[2](h, own), film[-1])[:, 0]
 
 # %% ../../nbs/33_models.move.ipynb #b3d6b9b9

@@ -33,7 +33,7 @@ from ..synthesis.paths import decoder_of, energy, jumps, line, optimised, paced
 from ..synthesis.transfer import transfer
 from ..training.move import move_dls, move_learner
 
-# %% ../../nbs/82_studies.move.ipynb #226d001f
+# %% ../../nbs/82_studies.move.ipynb #62bf0af4
 @dataclass(frozen=True)
 class MoveCard(RunCard):
     "Everything that decides the outcome of a MoVE run."
@@ -48,17 +48,18 @@ class MoveCard(RunCard):
     n_bins:int = 500                  # Rows of the frame
     latent:int = 3                    # Dimensions of the code
     wide:bool = False                 # The network for a graphics card
+    slope:float = .1                  # Of its leaky ReLUs
     variance:float = .03              # Variance of a point in the objective, in the feature's units
     prior:Literal['', 'kl', 'mmd', 'both'] = '' # What holds the codes together, if not the rung's own
     distance:Literal['squared', 'absolute'] = 'squared' # How slices are compared
     weights:dict[str, float] | None = None # Weights of the objective that differ from `losses.move.WEIGHTS`
-    epochs:int = 40                   # Passes over the training notes
+    epochs:int = 24                   # Passes over the training notes
     columns:int = 16                  # Notes a batch, each played by every instrument
     lr:float = 1e-3                   # Peak step size
     bf16:bool = False                 # bfloat16 products where the device has them
     seed:int = 0                      # Weights, columns, places, noise
 
-PAIR = dict(instruments=('Alto-Saxophone', 'Violin'), columns=32, epochs=50)
+PAIR = dict(instruments=('Alto-Saxophone', 'Violin'), columns=32, epochs=30)
 profiles = dict(quick=dict(variance=.1, n_bins=125, instruments=('Alto-Saxophone', 'Violin'), low=66, high=77, dur=.5, columns=16, epochs=16, lr=2e-3), cpu=dict(), paper=dict(wide=True, dur=5., columns=32, epochs=150))
 
 # %% ../../nbs/82_studies.move.ipynb #11865350
@@ -116,7 +117,7 @@ def study_data(card:MoveCard,       # Settings
     frames = feature.shape(round(card.dur*feature.sr))[1]//16*16
     return note_data(study_table(card), feature, dur=card.dur, frames=frames, fit_range=fit, keep_wav=keep_wav)
 
-# %% ../../nbs/82_studies.move.ipynb #75c9b9dc
+# %% ../../nbs/82_studies.move.ipynb #9a8fea2e
 def study_learner(card:MoveCard, # Settings
                   data:NoteData, # Its notes
                   device='cpu',  # Where to train
@@ -125,7 +126,7 @@ def study_learner(card:MoveCard, # Settings
     "Model, objective and loaders of a card."
     seed_everything(card.seed)
     dls = move_dls(data, card.columns, seed=card.seed, device=device)
-    model = move_model(card.preset, len(data.vocabs['timbre']), card.wide, n_bins=card.n_bins, latent=card.latent, pitches=tuple(data.vocabs['pitch']))
+    model = move_model(card.preset, len(data.vocabs['timbre']), card.wide, n_bins=card.n_bins, latent=card.latent, slope=card.slope, pitches=tuple(data.vocabs['pitch']))
     return move_learner(dls, card.preset, model, card.variance, card.weights, card.prior or None, card.distance, card.lr, seed=card.seed, bf16=card.bf16, cbs=cbs)
 
 def train_study(card:MoveCard,  # Settings
