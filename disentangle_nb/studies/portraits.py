@@ -66,7 +66,7 @@ def train_portraits(card:PortraitCard, # Settings
     k = len(known.vocabs['timbre'])
     dls = move_dls(known, card.slices//k, seed=card.seed, device='cpu')
     model = PortraitMoVE(k, n_bins=card.n_bins, filter=card.filter, mingle=card.mingle, pitches=tuple(known.vocabs['pitch']), slope=0.)
-    learn = move_learner(dls, 'move_multi', model, lr=card.lr, seed=card.seed)
+    learn = move_learner(dls, 'move_multi', model, .1, lr=card.lr, seed=card.seed)
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(-(-card.steps//len(dls.train)), card.lr)
     model.eval().hang(dls.train)
     return Disentangler(known.feature, model, known.vocabs, dict(study='portraits', settings=card.to_dict()))
