@@ -150,7 +150,7 @@ def posterior(self:MoVE,
     "What the slice says of its code."
     film, own = self.film_in(self.told(self.args['encoder'], timbre, pitch)), _own(self, timbre, blocks)
     h = x[:, None]
-    bend = partial(F.leaky_relu, negative_slope=self.args['slope'])
+    bend = partial(F.leaky_relu, negative_slope=self.args['slope'], inplace=True)
     for layer, g in zip(self.down, film): h = bend(modulate(layer(h, own), g))
     h = h.flatten(1)
     for layer, g in zip(self.inner, film[2:]): h = bend(modulate(layer(h), g))
@@ -167,7 +167,7 @@ def decode(self:MoVE,
           )->torch.Tensor:      # Slices `(b, f, n)`
     "The slice that a code stands for, played as said."
     film, own = self.film_out(self.told(self.args['decoder'], timbre, pitch)), _own(self, timbre, blocks)
-    h, bend = z, partial(F.leaky_relu, negative_slope=self.args['slope'])
+    h, bend = z, partial(F.leaky_relu, negative_slope=self.args['slope'], inplace=True)
     for layer, g in zip(self.outer, film): h = bend(modulate(layer(h), g))
     h = h.unflatten(1, self.top)
     for layer, g in zip(self.up[:2], film[-3:]): h = bend(modulate(layer(h, own), g))
