@@ -6,7 +6,7 @@ from disentangle_nb.features.nsgt import NSGTMel
 from disentangle_nb.features.track import PitchTrack, TrackError, clarity, track_pitch
 from disentangle_nb.models.move import MoVE
 from disentangle_nb.models.system import Disentangler
-from disentangle_nb.synthesis.transfer import EditError, Heard, transfer, transfer_file, woven
+from disentangle_nb.synthesis.transfer import EditError, Heard, listen, transfer, transfer_file, woven
 
 NAMES = ['Clarinet-Bb', 'Trumpet', 'Violin']
 
@@ -38,10 +38,21 @@ def test_shorter_than_a_slice_without_being_told_anything(system):
     assert transfer(system, tone()[:900], 'Violin', n_iter=2).shape == (900,)
 
 
-def test_silence_stays_silence_and_says_nothing(system):
-    with warnings.catch_warnings():
-        warnings.simplefilter('error')
-        assert not transfer(system, torch.zeros(9000), 'Violin').any()
+def test_silence_stays_silence_and_is_named(system):
+    with pytest.warns(UserWarning, match='silent'): assert not transfer(system, torch.zeros(9000), 'Violin').any()
+
+
+def test_tracker_reaches_as_far_as_the_trained_notes():
+    "A contrabass's lowest note is below the tracker's usual range, and rates other than 22,050 Hz are rates too."
+    torch.manual_seed(0)
+    bass = Disentangler(NSGTMel(125), MoVE(3, 125, pitches=range(28, 60)).eval(), dict(timbre=NAMES, pitch=list(range(28, 60))))
+    heard = listen(bass, lambda: [(0., tone(41.2, 1.)[None])], 1., source='Trumpet')
+    assert abs(heard.tracks[0].midi.nanmedian() - 28) < .3
+    feature = bass.feature
+    feature.sr = 44100
+    bass.sr = 44100
+    heard = listen(bass, lambda: [(0., tone(110., 1., 44100)[None])], 1., source='Trumpet')
+    assert abs(heard.tracks[0].midi.nanmedian() - 45) < .3
 
 
 def test_rests_stay_quiet(system):
@@ -98,7 +109,7 @@ def test_a_batch_has_a_melody_each(system):
     clips = torch.stack([tone(440., .6), tone(294., .6)])
     both = transfer(system, clips, 'Violin', envelope=False, **KNOWN)
     alone = transfer(system, clips[1], 'Violin', envelope=False, **KNOWN)
-    assert (both[1] - alone).abs().mean() < 1e-3  # phases of a batch differ by rounding, most at the onset
+    assert (both[1] - alone).abs().mean() < .05*(both[1] - both[0]).abs().mean()  # phases of a batch differ by rounding, most at the onset
 
 
 def test_dense_decoding_leaves_no_pulse(system):

@@ -120,7 +120,7 @@ def pyin_track(wav,                # One clip, shape `(t,)`
                fmin:float=27.5,    # Lowest f0 in Hz
                fmax:float=4200.,   # Highest f0 in Hz
                rate:float=None,    # Frames a second, frame i centred at i/rate s; None: every 512 samples
-               frame:int=2048,     # Window in samples: more than two of the longest period
+               frame:int=None,     # Window in samples, more than two of the longest period; the least power of two from 2048 on when None
                block:float=10.,    # Seconds searched at once
                overlap:float=1.,   # Seconds more on either side of a block, not kept
                max_transition_rate:float=35.92, # Fastest glide in octaves a second
@@ -131,6 +131,7 @@ def pyin_track(wav,                # One clip, shape `(t,)`
     x, rate = np.asarray(wav, np.float32), rate or sr/512
     if x.ndim != 1 or not np.isfinite(x).all():
         raise ValueError(f"pyin_track takes one finite clip (t,); got {x.shape} with {np.isnan(x).sum()} NaN. Read files by `load_audio`")
+    frame = frame or max(2048, 2**math.ceil(math.log2(2.1*sr/fmin)))
     n, x = math.ceil(len(x)*rate/sr), np.pad(x, frame//2)
     keep, more, out = max(1, round(block*rate)), round(overlap*rate), [(np.zeros(0), np.zeros(0, bool), np.zeros(0))]
     for i in progress(range(0, n, keep), desc='pitch'):

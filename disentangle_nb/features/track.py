@@ -6,7 +6,7 @@
 __all__ = ['MURKY', 'TrackError', 'PitchTrack', 'note_name', 'track_pitch', 'energies', 'clarity']
 
 # %% ../../nbs/25_features.track.ipynb #833519e6
-import math
+import math, warnings
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -244,6 +244,9 @@ def read(cls:PitchTrack,
         points.append(_point(cells, columns, sure, where))
         if points[-1][0] <= last: raise TrackError(f"{where}: times must rise; {points[-1][0]:g} s comes after {last:g} s. Sort the lines, and keep one for each time")
         last = points[-1][0]
+    said = {f for _, f in points if f == f}
+    if len(said) > 1 and all(f == int(f) and 21 <= f <= 108 for f in said):
+        warnings.warn(f"{path}: its pitches ({', '.join(f'{f:g}' for f in sorted(said)[:3])}...) look like MIDI numbers and are read as Hz; write frequencies, 440 for A4")
     return cls(*zip(*points))
 
 # %% ../../nbs/25_features.track.ipynb #e0c83d00

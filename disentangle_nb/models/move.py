@@ -179,7 +179,7 @@ def show_layers(model, # A `MoVE`
     "What leaves each layer of a translator, and what the layer is told."
     from disentangle_nb.plot import panels
     a, d = model.args, model.args['latent']
-    (c1, c2), dense, (f, n) = a['channels'], [(h,) for h in a['hidden']], (a['n_bins'], a['n_frames'])
+    c1, dense, (f, n) = a['channels'][0], [(h,) for h in a['hidden']], (a['n_bins'], a['n_frames'])
     way = [(f, n), (c1, f//5, n//2), model.top, *dense, (d,), *dense[::-1], model.top, (c1, f//5, n//2), (c1, f, n), (f, n)]
     z, ax = len(dense) + 3, panels(width=8.5, height=3)
     for i, shape in enumerate(way):

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 from ..core import atomic_path, make_generator, progress
 from ..audio import AudioError, load_audio, resample
-from ..features.descriptors import hz_to_midi
+from ..features.descriptors import hz_to_midi, midi_to_hz
 from ..features.track import MURKY, PitchTrack, energies, note_name, track_pitch
 from ..models.system import Disentangler, follow, windows
 
@@ -93,13 +93,15 @@ class Heard:
 def asks(system)->bool: # Does it have to be told the notes?
     return 'pitch' in getattr(system.model, 'asks', ())
 
-def _follow(parts, overlap, sr):
+def _follow(system, parts, overlap):
     "A track for each clip, energies that are clear and all `(2,)`, and the loudest ten seconds with their time, of parts (seconds, clips)."
-    tracks, clear, most, loudest = None, torch.zeros(2, dtype=torch.float64), -1., None
+    tracks, clear, most, loudest, sr = None, torch.zeros(2, dtype=torch.float64), -1., None, system.sr
+    lo, hi = (float(midi_to_hz(f(system.vocabs['pitch']))) for f in (min, max))
+    where = dict(sr=sr, fmin=min(55., .9*lo), fmax=max(2100., 1.1*hi))
     for at, x in parts:
-        found = [track_pitch(c) for c in x]
+        found = [track_pitch(c, **where) for c in x]
         tracks = found if tracks is None else [t.then(f, at, overlap/2) for t, f in zip(tracks, found)]
-        clear = clear + sum(energies(c) for c in x)
+        clear = clear + sum(energies(c, **where) for c in x)
         for i, ten in enumerate(x.split(10*sr, -1)):
             if (e := float(ten.square().sum())) > most: most, loudest = e, (at + 10*i, ten)
     return tracks, clear, loudest
@@ -122,7 +124,7 @@ def listen(system:Disentangler, # Trained
     tracks = None if track is None else [(track if isinstance(track, PitchTrack) else PitchTrack.read(track)).fits(duration, 'the track' if isinstance(track, PitchTrack) else track)]
     for t in tracks or (): _warn_short(t, duration)
     if tracks is None or source is None:
-        found, clear, (at, loudest) = _follow(parts(), overlap, system.sr)
+        found, clear, (at, loudest) = _follow(system, parts(), overlap)
         if tracks is None: _warn_unclear(found, *clear.tolist())
         tracks = found if tracks is None else tracks
     beyond = _outside(system, tracks, shift or 0, fold)
@@ -145,7 +147,7 @@ def _warn_short(track, duration):
 
 def _warn_unclear(tracks, clear, energy):
     "Say when a melody is no melody."
-    if energy < 1e-9: return
+    if energy < 1e-9: return warnings.warn("this sound is silent, and so is what comes out", stacklevel=3)
     if not any(t.voiced.any() for t in tracks): warnings.warn("this sound has no pitch that can be followed; a system that asks for notes can only guess what to play", stacklevel=3)
     elif clear < MURKY*energy:
         warnings.warn(f"only {clear/energy:.0%} of this sound is clearly one note at a time; chords, several players, echoes and noise come out as one confused line. "
@@ -159,7 +161,7 @@ def _outside(system, tracks, shift, fold)->dict:
         for name, s in PitchTrack(t.time, t.hz*2**(shift/12)).outside(lo, hi).items(): beyond[name] = beyond.get(name, 0) + s
     if beyond:
         what = ', '.join(f'{n} ({s:.2g} s)' for n, s in beyond.items())
-        done = 'moved into it by octaves' if fold else 'they may not sound like the instrument asked for. Folding moves them into the range by octaves'
+        done = 'moved into it by octaves' if fold else 'they may not sound like the instrument asked for. Folding (fold=True, --fold) moves them into the range by octaves'
         warnings.warn(f"notes outside the trained range of {note_name(lo)} to {note_name(hi)}: {what}; {done}", stacklevel=3)
     return beyond
 
