@@ -623,12 +623,13 @@ TOLD = dict(rmse='recon/rmse', lsd='recon/lsd', ratio='transfer/ratio', called='
 TOLD |= {k: f'descriptors/share/{k}' for k in EIGHT} | {f'reads {k}': f'latent/{k}' for k in ('pitch', 'octave', 'timbre', 'level')}
 
 def study_frame(runs:list, # As `study_results` gives them
-               )->pd.DataFrame: # One row a run: 'preset', 'seed', what `TOLD` names, and seconds an 'epoch'
+               )->pd.DataFrame: # One row a run: 'preset', 'seed', what `TOLD` names, 'nats' in the code, seconds an 'epoch'
     "Numbers of runs, side by side."
     def at(r, path):
         for k in path.split('/'): r = r.get(k, math.nan) if isinstance(r, dict) else math.nan
         return r
-    return pd.DataFrame([dict(preset=r['card']['preset'], seed=r['card']['seed'], **{k: at(r['result'], p) for k, p in TOLD.items()}, epoch=at(r['result'], 'seconds')/r['card']['epochs']) for r in runs])
+    return pd.DataFrame([dict(preset=r['card']['preset'], seed=r['card']['seed'], **{k: at(r['result'], p) for k, p in TOLD.items()}, nats=np.sum(at(r['result'], 'latent/kl')),
+                              epoch=at(r['result'], 'seconds')/r['card']['epochs']) for r in runs])
 
 def ladder_table(frame:pd.DataFrame, # From `study_frame`
                 )->pd.DataFrame:     # One row a preset: mean and range over seeds, as text
