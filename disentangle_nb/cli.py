@@ -362,7 +362,7 @@ class MoveDesk:
         if look: read_notes(None if args.data in (None, 'orchestra') else args.data)
         preset = next((s.partition('=')[2] for s in args.set if s.startswith('preset=')), 'move_multi')
         data = {} if args.data in (None, 'orchestra') else dict(data=str(Path(args.data).expanduser().absolute()), instruments=())
-        with told(CardError, ValueError): return study.move_card(preset, args.profile, seed=args.seed, **data).override(args.set)
+        with told(CardError, ValueError): return study.check_card(study.move_card(preset, args.profile, seed=args.seed, **data).override(args.set))
 
     def data(self, card, feature=None):
         from disentangle_nb.audio import AudioError

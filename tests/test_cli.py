@@ -367,3 +367,9 @@ def test_the_release_goes_through_the_whole_protocol_but_sound(tmp_path, capsys,
     assert found['probes']['baseline->pitch']['acc'] > .8 and 'baseline64->pitch' not in found['probes']
     assert 'components' in found and 'transfer' in found and 'pitch_edit' not in found and 'swap' not in found
     assert 'best logistic regression' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('setting, says', [('n_bins=120', 'multiple of 25'), ('columns=1', 'columns is 2 or more'), ('epochs=0', 'epochs is more than 0'), ('dur=.1', 'at least one slice'),
+                                           ('low=90', 'low before high'), ('slope=2', 'slope'), ('weights={"wind": 1}', 'no such weight: wind'), ('division=7', 'five divisions')])
+def test_move_refuses_settings_before_it_renders(capsys, tmp_path, setting, says):
+    refused(capsys, tmp_path, 'train', ['move', '--profile', 'quick', '--set', setting, '--out', 'run'], says)
