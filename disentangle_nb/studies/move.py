@@ -397,7 +397,7 @@ def pulse(wav:torch.Tensor, # Clip `(t,)`
           size:int=512,     # Samples of the windows that levels are measured in; shorter ones follow faster rates
          )->torch.Tensor:   # dB `(len(rates),)`
     "How far the levels of a sound's bands pulsate at each of some rates, over the rates around it."
-    hop = max(1, sr*512//(200*size))
+    hop = max(1, sr*size//(200*512))
     power = torch.stft(wav, size, hop, window=torch.hann_window(size), return_complex=True).abs().square()
     bands = torch.stack([b.sum(0) for b in power[2:].split(8)])
     level = torch.log10(bands + 1e-5*bands.amax(1, keepdim=True).clamp(min=1e-12))
