@@ -283,7 +283,7 @@ def test_two_songs_through_musdb_the_separator_and_museval(tmp_path):
         true = torch.from_numpy(track.targets['vocals'].audio.T.copy()).float()
         ours = song_scores(dict(vocals=voice, accompaniment=rest), true, torch.from_numpy(track.targets['accompaniment'].audio.T.copy()).float(), 44100)
         for target in theirs:
-            want = [f['metrics']['SDR'] for f in target['frames']]
+            want = [float(f['metrics']['SDR']) for f in target['frames']]
             got = ours[f"{target['name']} SDR"]
             keep = [i for i, (a, b) in enumerate(zip(want, got)) if math.isfinite(a) and math.isfinite(b)]
             assert keep and [got[i] for i in keep] == pytest.approx([want[i] for i in keep], abs=1e-3)

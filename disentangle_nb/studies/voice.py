@@ -142,7 +142,7 @@ class SongData:
 def study_table(card:VoiceCard, # Settings
                )->pd.DataFrame: # One row a song, with `split`
     "The songs of a card, made if need be."
-    if card.data != 'songs': table = read_songs(card.data)
+    if card.data != 'songs': table = read_songs(card.data).replace(dict(split={'': 'train'}))
     else:
         (n, m), (d, e) = card.songs, card.dur
         folder = cache_dir('songs')/f'{n}x{d:g}-{m}x{e:g}-{card.sr}-{player_of()[1]}'
