@@ -311,7 +311,7 @@ def stopper(at_stage, epoch):
     class Stopper(Callback):
         order = 90
         def after_epoch(self):
-            if getattr(self.learn, 'stage', '') == at_stage and self.epoch == epoch: raise Stop
+            if getattr(self.learn, 'stage', '') == at_stage and self.epoch == epoch: raise Stop('here')
     return Stopper()
 
 
