@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'OWN', 'SMALL', 'SMALL_WEIGHTS', 'STUDIES', 'PLANNED', 'DIALS', 'EXPLORER', 'UserError', 'told', 'command',
-           'Parser', 'find_run', 'claim', 'settle', 'check_card', 'make_card', 'probe_rows', 'swap_test_rows',
-           'swap_rows', 'board', 'median_count', 'too_few', 'measure', 'progress_lines', 'NoteDesk', 'ToneDesk',
-           'MoveDesk', 'VoiceDesk', 'check_study', 'train_parser', 'read_notes', 'load_notes', 'only_known', 'train',
-           'open_run', 'eval_parser', 'evaluate', 'transfer_parser', 'transfer', 'separate_parser', 'separate',
-           'numbers', 'spelled', 'syntone_parser', 'tone_levels', 'in_bytes', 'find_file', 'tidy_end', 'reading',
-           'syntone', 'explore_parser', 'find_page', 'explore_notebook', 'explore', 'demo_edits', 'demo_figures',
-           'demo_files', 'peak_memory', 'find_demo', 'demo']
+           'tidy_end', 'Parser', 'find_run', 'claim', 'settle', 'check_card', 'make_card', 'probe_rows',
+           'swap_test_rows', 'swap_rows', 'board', 'median_count', 'too_few', 'measure', 'progress_lines', 'NoteDesk',
+           'ToneDesk', 'MoveDesk', 'VoiceDesk', 'check_study', 'train_parser', 'read_notes', 'load_notes', 'only_known',
+           'train', 'open_run', 'eval_parser', 'evaluate', 'transfer_parser', 'transfer', 'separate_parser', 'separate',
+           'numbers', 'spelled', 'syntone_parser', 'tone_levels', 'in_bytes', 'find_file', 'reading', 'syntone',
+           'explore_parser', 'find_page', 'explore_notebook', 'explore', 'demo_edits', 'demo_figures', 'demo_files',
+           'peak_memory', 'find_demo', 'demo']
 
 # %% ../nbs/90_cli.ipynb #ef2db669
 import argparse, contextlib, csv, difflib, inspect, io, math, os, re, shutil, sys, tempfile, time, warnings
@@ -41,6 +41,18 @@ def command(name:str, # As typed
         try: return work(sys.argv[1:] if argv is None else [str(a) for a in argv]) or 0
         except UserError as e: say(f'error: {e}'); return 2
         except KeyboardInterrupt: say('interrupted'); return 130
+
+@contextlib.contextmanager
+def tidy_end():
+    "Let a signal to terminate unwind, so that unfinished files are removed."
+    import signal, threading
+    def leave(number, frame): raise SystemExit(128 + number)
+    kinds = [s for s in (getattr(signal, k, None) for k in ('SIGTERM', 'SIGHUP')) if s and signal.getsignal(s) == signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread(): kinds = []
+    for s in kinds: signal.signal(s, leave)
+    try: yield
+    finally:
+        for s in kinds: signal.signal(s, signal.SIG_DFL)
 
 # %% ../nbs/90_cli.ipynb #7f671d27
 class _Defaults(argparse.HelpFormatter):
@@ -786,18 +798,6 @@ def find_file(path, size:int)->Path: # The file, with its suffix
     return path
 
 # %% ../nbs/90_cli.ipynb #e58ff55f
-@contextlib.contextmanager
-def tidy_end():
-    "Let a signal to terminate unwind, so that unfinished files are removed."
-    import signal, threading
-    def leave(number, frame): raise SystemExit(128 + number)
-    kinds = [s for s in (getattr(signal, k, None) for k in ('SIGTERM', 'SIGHUP')) if s and signal.getsignal(s) == signal.SIG_DFL]
-    if threading.current_thread() is not threading.main_thread(): kinds = []
-    for s in kinds: signal.signal(s, leave)
-    try: yield
-    finally:
-        for s in kinds: signal.signal(s, signal.SIG_DFL)
-
 def reading(path, args)->str: # A line of Python
     "How to read what was written."
     begin, read = 'from disentangle_nb.data.syntone import', f'x, choices, world = read_tones({str(path)!r}'
