@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'OWN', 'SMALL', 'SMALL_WEIGHTS', 'STUDIES', 'PLANNED', 'DIALS', 'EXPLORER', 'UserError', 'told', 'command',
-           'Parser', 'find_run', 'claim', 'settle', 'check_card', 'make_card', 'probe_rows', 'swap_test_rows',
-           'swap_rows', 'board', 'median_count', 'too_few', 'measure', 'progress_lines', 'NoteDesk', 'ToneDesk',
-           'MoveDesk', 'check_study', 'train_parser', 'read_notes', 'load_notes', 'only_known', 'train', 'open_run',
-           'eval_parser', 'evaluate', 'transfer_parser', 'transfer', 'numbers', 'spelled', 'syntone_parser',
-           'tone_levels', 'in_bytes', 'find_file', 'tidy_end', 'reading', 'syntone', 'explore_parser', 'find_page',
-           'explore_notebook', 'explore', 'demo_edits', 'demo_figures', 'demo_files', 'peak_memory', 'find_demo',
-           'demo']
+           'tidy_end', 'Parser', 'find_run', 'claim', 'settle', 'check_card', 'make_card', 'probe_rows',
+           'swap_test_rows', 'swap_rows', 'board', 'median_count', 'too_few', 'measure', 'progress_lines', 'NoteDesk',
+           'ToneDesk', 'MoveDesk', 'VoiceDesk', 'check_study', 'train_parser', 'read_notes', 'load_notes', 'only_known',
+           'train', 'open_run', 'eval_parser', 'evaluate', 'transfer_parser', 'transfer', 'separate_parser', 'separate',
+           'numbers', 'spelled', 'syntone_parser', 'tone_levels', 'in_bytes', 'find_file', 'reading', 'syntone',
+           'explore_parser', 'find_page', 'explore_notebook', 'explore', 'demo_edits', 'demo_figures', 'demo_files',
+           'peak_memory', 'find_demo', 'demo']
 
 # %% ../nbs/90_cli.ipynb #ef2db669
 import argparse, contextlib, csv, difflib, inspect, io, math, os, re, shutil, sys, tempfile, time, warnings
@@ -41,6 +41,18 @@ def command(name:str, # As typed
         try: return work(sys.argv[1:] if argv is None else [str(a) for a in argv]) or 0
         except UserError as e: say(f'error: {e}'); return 2
         except KeyboardInterrupt: say('interrupted'); return 130
+
+@contextlib.contextmanager
+def tidy_end():
+    "Let a signal to terminate unwind, so that unfinished files are removed."
+    import signal, threading
+    def leave(number, frame): raise SystemExit(128 + number)
+    kinds = [s for s in (getattr(signal, k, None) for k in ('SIGTERM', 'SIGHUP')) if s and signal.getsignal(s) == signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread(): kinds = []
+    for s in kinds: signal.signal(s, leave)
+    try: yield
+    finally:
+        for s in kinds: signal.signal(s, signal.SIG_DFL)
 
 # %% ../nbs/90_cli.ipynb #7f671d27
 class _Defaults(argparse.HelpFormatter):
@@ -241,13 +253,14 @@ def progress_lines(folder,           # Where `log.csv` goes
             self.write()
             left = (now - self.began) / (done - self.first) * (self.n_epoch - done)
             last = self.parts.history['valid'][-1]
-            if not watched(): print(f'epoch {done}/{self.n_epoch}: ' + ', '.join(f'{k} {last[k]:.3g}' for k in ('recon', 'kl', 'tc', 'timbre_acc', 'pitch_acc') if k in last)
-                                    + f'; {left:.0f} s left', file=sys.stderr, flush=True)
+            told = ', '.join(f'{k} {last[k]:.3g}' for k in ('recon', 'kl', 'tc', 'sdr', 'gain', 'timbre_acc', 'pitch_acc') if k in last)
+            if not watched(): print(f"{' '.join(self.stage())} epoch {done}/{self.n_epoch}: {told}; {left:.0f} s left".lstrip(), file=sys.stderr, flush=True)
+        def stage(self): return [self.learn.stage] if hasattr(self.learn, 'stage') else [] # Of a run that has several
         def write(self):
             rows = [{'epoch': i, **{f'{p}_{k}': v for p in ('train', 'valid') for k, v in self.parts.history[p][i].items()}}
                     for i in range(len(self.parts.history['valid']))]
             keys = list(dict.fromkeys(k for r in rows for k in r))
-            with atomic_path(Path(folder)/'log.csv') as p, p.open('w', newline='') as f:
+            with atomic_path(Path(folder)/f"{'-'.join(['log', *self.stage()])}.csv") as p, p.open('w', newline='') as f:
                 writer = csv.DictWriter(f, keys)
                 writer.writeheader(), writer.writerows(rows)
     return Lines()
@@ -402,10 +415,75 @@ class MoveDesk:
             lines += ['Notes within 50 cents, in any octave and in the right one', *(row(k, p[k]['class'], p[k]['exact']) for k in ('inverted', 'rebuilt', 'moved'))]
         return '\n'.join(lines + [f"Dimensions in use: {result['latent']['active']}; parameters: {result['parameters']:,}"])
 
-STUDIES = dict(gmvae=NoteDesk(), syntone=ToneDesk(), move=MoveDesk())
+# %% ../nbs/90_cli.ipynb #5accf152
+class VoiceDesk:
+    "Commands of the study of voices."
+    about = 'a voice out of the mix: a learnt representation, and separators on it'
+
+    def module(self):
+        from disentangle_nb.studies import voice
+        return voice
+
+    def faults(self):
+        from disentangle_nb.audio import AudioError
+        from disentangle_nb.data.soundfont import SoundFontError
+        from disentangle_nb.data.stems import SongError
+        return told(CardError, SongError, AudioError, SoundFontError, OSError, ValueError)
+
+    def card(self, args, look=False):
+        study, path = self.module(), args.data if args.data not in (None, 'songs') else None
+        if args.recipe == 'few_labels': raise UserError('--recipe few_labels: voice is trained without labels; there is ours and faithful')
+        if look and path: self.table(path)
+        preset = next((s.partition('=')[2] for s in args.set if s.startswith('preset=')), 'separator')
+        changes = dict(seed=args.seed, faithful=args.recipe == 'faithful') | ({} if path is None else dict(data=str(Path(path).expanduser().absolute())))
+        with self.faults(): return study.check_card(study.voice_card(preset, args.profile, **changes).override(args.set))
+
+    def table(self, path):
+        from disentangle_nb.data.stems import read_songs
+        with self.faults(): return read_songs(path)
+
+    def data(self, card):
+        with self.faults(): return self.module().study_data(card, True)
+
+    def source(self, card): return card.data
+    def about_card(self, card): return f'{card.preset}, '
+    def epochs(self, card): return '+'.join(map(str, self.module().study_epochs(card)))
+    def figures(self, system, data, folder):
+        with self.faults(): self.module().study_figures(system, data, folder)
+
+    def about_data(self, data):
+        parts = {'train': 'to train on', 'valid': 'held out', 'test': 'for the test', '': 'without a division'}
+        return ', '.join(f'{n} songs {text}' for k, text in parts.items() if (n := int((data.table.split == k).sum()))) + f', {data.table.seconds.sum()/60:.1f} minutes'
+
+    def again(self, system, args):
+        study = self.module()
+        if args.known_only: raise UserError('--known-only is about classes of notes; any song will do here')
+        with self.faults():
+            card = study.VoiceCard.from_dict(system.card['settings'])
+            if args.data is None: return card, study.study_data(card)
+            if args.data == 'songs': return card.replace(data='songs'), study.study_data(card.replace(data='songs'))
+            return card.replace(data=str(Path(args.data).expanduser().absolute())), study.SongData(self.table(args.data), card.sr)
+
+    def measure(self, system, data, quick=False):
+        with self.faults(): return self.module().evaluate_study(system, data)
+
+    def board(self, result):
+        row = lambda name, *v: f'  {name:<50}' + ''.join(f'{x:>12.2f}' for x in v)
+        lines, rep, sep = [], result.get('representation'), result.get('separation')
+        if rep:
+            names = dict(voice='voice comes back (SI-SDR, dB)', mixture='mixture comes back (dB)', masked='masked by the sources (dB)', additivity='additivity error', wdo='W-disjoint orthogonality')
+            lines += [f"{'Medians over loud seconds':<52}{'here':>12}{'untrained':>12}{'STFT':>12}", *(row(t, *(rep[s][m]['median'] for s in ('ours', 'untrained', 'STFT'))) for m, t in names.items())]
+        for title, d in (('Separated, medians over songs', sep), ('The same on real recordings', result.get('recordings'))):
+            if not d: continue
+            systems = [s for s in ('ours', 'mixture', 'oracle', 'STFT oracle') if s in d]
+            lines += [f'{title:<52}' + ''.join(f'{s:>12}' for s in systems)]
+            lines += [row(f'{m} (dB)', *(d[s][m]['median'] for s in systems)) for m in ('vocals SI-SDR', 'vocals SI-SDR gain', 'vocals SDR', 'accompaniment SDR') if all(m in d[s] for s in systems)]
+        return '\n'.join(lines + [f"parameters: {result['parameters']:,}; {result['songs']} songs"])
+
+STUDIES = dict(gmvae=NoteDesk(), syntone=ToneDesk(), move=MoveDesk(), voice=VoiceDesk())
 
 # %% ../nbs/90_cli.ipynb #3dd203cf
-PLANNED = 'voice intervals'.split()
+PLANNED = ['intervals']
 
 def check_study(name:str):
     "Refuse a study that is not there."
@@ -421,7 +499,8 @@ def train_parser()->Parser:
     add = p.add_argument
     add('study', metavar='STUDY', help=f"one of: {', '.join(STUDIES)}")
     add('--data', metavar='PATH', help='folder of audio with a metadata.csv (columns file, instrument, midi_pitch), such a CSV, or an unpacked TinySOL, '
-        'NSynth or GMVAE release; the rendered orchestra if not given. syntone makes its own tones if not given, or takes the word orchestra; move takes the instruments that it finds')
+        'NSynth or GMVAE release; the rendered orchestra if not given. syntone makes its own tones if not given, or takes the word orchestra; move takes the instruments that it finds; '
+        'voice takes MUSDB18, MUSDB18-HQ or folders with vocals and accompaniment (or mixture), and makes its own songs if not given')
     add('--out', metavar='DIR', help='run folder; out/STUDY-PROFILE-SEED if not given')
     add('--profile', choices=['quick', 'demo', 'cpu', 'paper'], default='cpu',
         help='size: quick (seconds), demo (gmvae: minutes), cpu (at most an hour on two cores), paper (a GPU)')
@@ -539,7 +618,7 @@ def eval_parser()->Parser:
     p.add_argument('--data', metavar='PATH', help='other notes than those it was trained on; see disentangle_train --help')
     p.add_argument('--known-only', action='store_true', help='leave out notes of instruments or pitches the system does not know')
     p.add_argument('--json', metavar='FILE', help='write all numbers here')
-    p.add_argument('--figures', metavar='DIR', help='write the pictures of the study here, PNG and GIF (syntone)')
+    p.add_argument('--figures', metavar='DIR', help='write the pictures of the study here, PNG and GIF (syntone, voice)')
     p.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:1 or mps')
     return p
 
@@ -603,6 +682,32 @@ def _transfer(argv):
 def transfer(argv=None)->int: # Exit status
     "`disentangle_transfer`: edit a recording."
     return command('disentangle_transfer', _transfer, argv)
+
+# %% ../nbs/90_cli.ipynb #6f2e2ee0
+def separate_parser()->Parser:
+    "What `disentangle_separate` understands."
+    p = Parser(prog='disentangle_separate', description='Voice and accompaniment of a song, each with its length, rate and channels; together they are the song.')
+    p.add_argument('run', metavar='RUN', help='run folder of a separator (disentangle_train voice), or the name of one that ships')
+    p.add_argument('input', metavar='SONG.wav', help='WAV, FLAC, OGG, MP3 or AIFF at any rate; MP4 and its like where ffmpeg is installed')
+    p.add_argument('--out', metavar='DIR', help='folder for vocals.wav and accompaniment.wav (32-bit float); out/SONG if not given')
+    p.add_argument('--block', type=float, default=20., metavar='SECONDS', help='length of the blocks a song is taken in, in seconds, 4 or more; longer ones need more memory')
+    p.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:1 or mps')
+    return p
+
+def _separate(argv):
+    from disentangle_nb.audio import AudioError
+    from disentangle_nb.synthesis.separate import SeparationError, separate_file
+    args = separate_parser().parse_args(argv)
+    if not 4 <= args.block < math.inf: raise UserError(f'--block {args.block:g}: expected 4 seconds or more')
+    system, began = open_run(args.run, args.device), time.time()
+    out = Path(args.out or f'out/{Path(args.input).stem}')
+    print(f'separating {args.input}', file=sys.stderr, flush=True)
+    with told(SeparationError, AudioError, OSError), tidy_end(): files = separate_file(system, args.input, out, args.block)
+    print(f"wrote {out}: {' and '.join(f.name for f in files.values())}, in {time.time() - began:.0f} s")
+
+def separate(argv=None)->int: # Exit status
+    "`disentangle_separate`: voice and accompaniment of a song."
+    return command('disentangle_separate', _separate, argv)
 
 # %% ../nbs/90_cli.ipynb #24cc59b8
 DIALS = dict(attack='time of the rise, in s', decay='time constant of the fall, in s', vibrato_rate='speed of the vibrato, in Hz',
@@ -693,18 +798,6 @@ def find_file(path, size:int)->Path: # The file, with its suffix
     return path
 
 # %% ../nbs/90_cli.ipynb #e58ff55f
-@contextlib.contextmanager
-def tidy_end():
-    "Let a signal to terminate unwind, so that unfinished files are removed."
-    import signal, threading
-    def leave(number, frame): raise SystemExit(128 + number)
-    kinds = [s for s in (getattr(signal, k, None) for k in ('SIGTERM', 'SIGHUP')) if s and signal.getsignal(s) == signal.SIG_DFL]
-    if threading.current_thread() is not threading.main_thread(): kinds = []
-    for s in kinds: signal.signal(s, leave)
-    try: yield
-    finally:
-        for s in kinds: signal.signal(s, signal.SIG_DFL)
-
 def reading(path, args)->str: # A line of Python
     "How to read what was written."
     begin, read = 'from disentangle_nb.data.syntone import', f'x, choices, world = read_tones({str(path)!r}'

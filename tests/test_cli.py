@@ -86,14 +86,14 @@ def test_every_console_script_leads_somewhere():
     config = configparser.ConfigParser()
     config.read(root/'settings.ini')
     scripts = dict(s.split('=') for s in config['DEFAULT']['console_scripts'].split())
-    assert {'disentangle_train', 'disentangle_eval', 'disentangle_transfer', 'disentangle_explore', 'disentangle_syntone', 'disentangle_demo'} <= set(scripts)
+    assert {'disentangle_train', 'disentangle_eval', 'disentangle_transfer', 'disentangle_separate', 'disentangle_explore', 'disentangle_syntone', 'disentangle_demo'} <= set(scripts)
     for target in scripts.values():
         module, _, name = target.partition(':')
         assert callable(getattr(importlib.import_module(module), name)), target
 
 
 @pytest.mark.parametrize('command, words', [('train', ('--set KEY=VALUE', 'hour on two cores', 'default: cpu', 'metadata.csv', 'in seconds')), ('evaluate', ('RUN', '--json FILE')),
-                                            ('transfer', ('semitones', 'from 0 to 1', 'default: 1.0', 'same|length')), ('explore', ('explore.html', 'JupyterLab')), ('demo', ('default: out/demo',))])
+                                            ('transfer', ('semitones', 'from 0 to 1', 'default: 1.0', 'same|length')), ('explore', ('explore.html', 'JupyterLab')), ('separate', ('accompaniment.wav', 'default: 20.0', 'in seconds', 'ffmpeg')), ('demo', ('default: out/demo',))])
 def test_help_states_units_and_defaults(capsys, command, words):
     with pytest.raises(SystemExit) as e: getattr(cli, command)(['--help'])
     text = ' '.join(capsys.readouterr().out.split())
@@ -139,7 +139,7 @@ def test_killed_and_interrupted_training_ends_with_the_same_weights(place, capsy
 @pytest.mark.parametrize('args, says', [
     (['symphony'], ["no study 'symphony'", 'gmvae']),
     (['gmvea'], ["did you mean 'gmvae'?"]),
-    (['voice'], ['planned', 'gmvae']),
+    (['intervals'], ['planned', 'gmvae', 'voice']),
     (['gmvae', '--data', 'orgel'], ['there is no folder orgel']),
     (['gmvae', '--data', 'letters'], ['neither audio files nor a metadata.csv']),
     (['gmvae', '--data', 'organ/Diapason-57.wav'], ['is a file']),

@@ -1,14 +1,17 @@
-"""A training step of the voice representation with the total-variation objective, against the plain way to write it.
+"""A training step of the voice representation, against the plain way to write it; and with --separate, the speed and memory of separating a file.
 
     python tests/bench/bench_voice.py [--pairs 9] [--device cpu] [--batch 8] [--seconds 1] [--components 800] [--kernel 2048] [--hop 256] [--json FILE]
+    python tests/bench/bench_voice.py --separate
 
 The plain way convolves as the layers are told, encodes voice and mixture in two calls, makes the basis from 1.6 million cosines, sorts
 kernels and coefficients by carrier in each synthesis, takes the optimiser as it comes and reads the loss after each step. Ours is
 `CosineAutoencoder.forward` with `neg_snr` and `total_variation`. Both start from the same weights and see the same batches; their first losses
 have to agree. Steps are interleaved; a ratio is the median over pairs, ours in bfloat16 against the plain one in float32 too where the
-processor has it. Exits 1 below a floor or where losses differ. Needs an idle machine; sizes below the defaults only try it out.
+processor has it. With `--separate` instead: a stereo file at 44.1 kHz through a separator of the papers' size (free encoder, 800 cosines, temporal
+convolutions), untrained, since that costs the same: seconds of song a second, and the peak memory of separating one minute and ten, each
+in a process of its own. Exits 1 below a floor or where losses differ. Needs an idle machine; sizes below the defaults only try it out.
 """
-import argparse, json, math, statistics, sys, time
+import argparse, json, math, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 import torch
 from torch import nn
@@ -16,6 +19,7 @@ from torch.nn import functional as F
 
 FLOORS = {'float32': 1., 'bf16': 1.3}
 WEIGHT, RATE = .5, 1e-4
+REAL_TIME, MOST_MB = 10., 2000 # x real time; peak of ten minutes
 
 
 def batches(batch, n, device, seed=0):
@@ -99,6 +103,38 @@ def make(args):
     return CosineAutoencoder(args.components, args.kernel, args.hop).to(args.device)
 
 
+def peak_mb():
+    "The most memory this process has held (not its parent's, as ru_maxrss would have it)."
+    return int(next(l for l in Path('/proc/self/status').read_text().splitlines() if l.startswith('VmHWM')).split()[1])/1000
+
+
+def separate_once(seconds):
+    "Separate a file of noise; prints seconds taken and peak memory, MB, as JSON."
+    import numpy as np, soundfile as sf
+    from disentangle_nb.features.waveform import Waveform
+    from disentangle_nb.models.mask import Separator
+    from disentangle_nb.models.system import Disentangler
+    from disentangle_nb.synthesis.separate import separate_file
+    torch.manual_seed(0)
+    system = Disentangler(Waveform(44100, 256), Separator('cosine', dict(components=800, kernel=2048, hop=256, sr=44100), 'tcn', n_frames=517), {})
+    with tempfile.TemporaryDirectory() as d:
+        with sf.SoundFile(f'{d}/song.wav', 'w', 44100, 2, 'PCM_16') as f:
+            for i in range(seconds): f.write(.1*np.random.default_rng(i).standard_normal((44100, 2)))
+        start = time.perf_counter()
+        separate_file(system, f'{d}/song.wav', f'{d}/stems')
+        print(json.dumps(dict(seconds=time.perf_counter() - start, mb=peak_mb())))
+
+
+def separating(lengths=(60, 600)):
+    "Speed and memory at two lengths; 1 when a bound is missed."
+    got = {n: json.loads(subprocess.run([sys.executable, __file__, '--once', str(n)], check=True, capture_output=True, text=True).stdout) for n in lengths}
+    for n, r in got.items(): print(f"{n:5d} s of stereo at 44.1 kHz: {n/r['seconds']:6.1f} x real time (floor {REAL_TIME:g} x), peak {r['mb']:6.0f} MB (bound {MOST_MB} MB)")
+    last = got[lengths[-1]]
+    missed = ['speed']*(lengths[-1]/last['seconds'] < REAL_TIME) + ['memory']*(last['mb'] > MOST_MB) + ['memory flat in the length']*(last['mb'] > 1.15*got[lengths[0]]['mb'])
+    print('missed: ' + '; '.join(missed) if missed else 'all bounds held')
+    return int(bool(missed))
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('--pairs', type=int, default=9, help='interleaved pairs of steps (default 9)')
@@ -109,7 +145,11 @@ def main():
     p.add_argument('--kernel', type=int, default=2048)
     p.add_argument('--hop', type=int, default=256)
     p.add_argument('--json', type=Path, help='write the medians here too')
+    p.add_argument('--separate', action='store_true', help='speed and memory of separating one minute and ten')
+    p.add_argument('--once', type=int, help=argparse.SUPPRESS)
     args = p.parse_args()
+    if args.once: return separate_once(args.once)
+    if args.separate: return separating()
     from disentangle_nb.training.learner import bf16_support
     n, native = round(44100*args.seconds), bf16_support(args.device)[0]
     plain = Plain(args.components, args.kernel, args.hop, n).to(args.device)
