@@ -1,5 +1,5 @@
 """Solos through a model that asks for notes: lengths, rests, blocks, tracks from elsewhere, and everything that may be wrong with them."""
-import math, warnings
+import math
 import numpy as np, pytest, torch
 from disentangle_nb.audio import load_audio, save_audio
 from disentangle_nb.features.nsgt import NSGTMel
