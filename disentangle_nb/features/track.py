@@ -245,8 +245,8 @@ def read(cls:PitchTrack,
         if points[-1][0] <= last: raise TrackError(f"{where}: times must rise; {points[-1][0]:g} s comes after {last:g} s. Sort the lines, and keep one for each time")
         last = points[-1][0]
     said = {f for _, f in points if f == f}
-    if len(said) > 1 and all(f == int(f) and 21 <= f <= 108 for f in said):
-        warnings.warn(f"{path}: its pitches ({', '.join(f'{f:g}' for f in sorted(said)[:3])}...) look like MIDI numbers and are read as Hz; write frequencies, 440 for A4")
+    if said and all(f == int(f) and 21 <= f <= 108 for f in said):
+        warnings.warn(f"{path}: its pitches ({', '.join(f'{f:g}' for f in sorted(said)[:3])}) look like MIDI numbers and are read as Hz; write frequencies, 440 for A4")
     return cls(*zip(*points))
 
 # %% ../../nbs/25_features.track.ipynb #e0c83d00

@@ -344,6 +344,7 @@ def pitch_study(model,         # A translator
     each = lambda wav, which: in_tune(wav, midi[which], f.sr) | dict(lsd=far(wav, which))
     rebuilt, moved = sound_of(by_note(played(model, va), va), f, n_iter), []
     for b in range(len(data.vocabs['timbre'])):
+        if (who == b).all(): continue
         s = va.where(va.timbre != b)
         moved.append((sound_of(by_note(played(model, s, b), s), f, n_iter), (who != b).nonzero()[:, 0]))
     return dict(inverted=in_tune(real, midi, f.sr), rebuilt=each(rebuilt, slice(None)), moved=each(torch.cat([w for w, _ in moved]), torch.cat([r for _, r in moved])))
@@ -464,7 +465,7 @@ def recordings_study(system,        # Trained
     if rows.empty: raise CardError(f"none of the recorded notes is of {', '.join(v['timbre'])} at MIDI {min(v['pitch'])} to {max(v['pitch'])}")
     real = note_data(rows, data.feature, dur=system.card['settings']['dur'], frames=data.x.shape[-1], vocabs=v)
     s, judge = slices_of(real), neighbours(tr.x, tr.timbre)
-    others = [(b, s.where(s.timbre != b)) for b in range(len(v['timbre']))]
+    others = [(b, s.where(s.timbre != b)) for b in range(len(v['timbre'])) if (s.timbre != b).any()]
     share = lambda f: float(np.concatenate([judge(f(o, b)) == b for b, o in others]).mean())
     return dict(notes=rows.instrument.value_counts().to_dict(), recon=quality(played(m, s), s, data.feature), pitch=pitch_study(m, real),
                 known=float((judge(s.x) == s.timbre.numpy()).mean()), before=share(lambda o, b: o.x), called=share(lambda o, b: played(m, o, b)))

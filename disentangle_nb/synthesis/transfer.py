@@ -118,7 +118,7 @@ def listen(system:Disentangler, # Trained
           )->Heard|None:        # None if the system doesn't ask
     "Follow the melody and find who plays it, warning of what will not go well."
     if not asks(system):
-        if source is not None or track is not None or fold: raise EditError("this system finds notes and players by itself; leave source, track and fold out")
+        if source is not None or track is not None or fold: raise EditError("this system finds notes and players by itself; leave source (--from), track (--f0) and fold (--fold) out")
         return None
     if source is not None: asked(system.index, 'timbre', source)
     tracks = None if track is None else [(track if isinstance(track, PitchTrack) else PitchTrack.read(track)).fits(duration, 'the track' if isinstance(track, PitchTrack) else track)]
