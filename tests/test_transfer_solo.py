@@ -48,9 +48,7 @@ def test_tracker_reaches_as_far_as_the_trained_notes():
     bass = Disentangler(NSGTMel(125), MoVE(3, 125, pitches=range(28, 60)).eval(), dict(timbre=NAMES, pitch=list(range(28, 60))))
     heard = listen(bass, lambda: [(0., tone(41.2, 1.)[None])], 1., source='Trumpet')
     assert abs(heard.tracks[0].midi.nanmedian() - 28) < .3
-    feature = bass.feature
-    feature.sr = 44100
-    bass.sr = 44100
+    bass.sr = bass.feature.sr = 44100
     heard = listen(bass, lambda: [(0., tone(110., 1., 44100)[None])], 1., source='Trumpet')
     assert abs(heard.tracks[0].midi.nanmedian() - 45) < .3
 

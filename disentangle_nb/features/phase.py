@@ -14,11 +14,14 @@ from time import perf_counter
 import torch, torch.nn.functional as F
 from .invert import partials, spectral_convergence
 
-# %% ../../nbs/20c_features.phase.ipynb #f0ecea6f
-def sizes(c): # Magnitudes of complex numbers, over twice as fast as `abs`; what is below 1e-19 counts as 0
+# %% ../../nbs/20c_features.phase.ipynb #34234e1e
+def sizes(c:torch.Tensor, # Complex numbers, any shape
+         )->torch.Tensor: # Their magnitudes
+    "`c.abs()` by squares: what is below 1e-19 counts as 0."
     q = torch.view_as_real(c).square()
     return (q[..., 0] + q[..., 1]).sqrt_()
 
+# %% ../../nbs/20c_features.phase.ipynb #f0ecea6f
 def impose(mag:torch.Tensor,     # Wanted magnitudes `(b, f, n)`
            new:torch.Tensor,     # Coefficients of this turn's clips `(b, f, n)`, complex; kept if there is momentum
            old:torch.Tensor,     # Those of the turn before, whose memory is used again; None at first
