@@ -9,7 +9,7 @@ import torch
 from disentangle_nb.audio import load_audio, save_audio
 from disentangle_nb.data import stems
 from disentangle_nb.data.stems import (DenoiseLoader, MixLoader, Song, SongError, band_events, load_f0, load_song, make_song, plan_song, read_songs,
-                                       segments, song_segments, write_song, write_songs)
+                                       segments, slower, song_segments, write_song, write_songs)
 from disentangle_nb.data.voice import SINGERS, TEST_SINGERS, TRAIN_SINGERS, compose, sing, stream
 
 SR = 16000
@@ -116,6 +116,15 @@ def test_a_set_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
     once = write_songs(tmp_path/'t', (3, 1), (2., 2.), band='plucked')
     for a, b in zip(table.itertuples(), once.itertuples()): assert Path(a.mixture).read_bytes() == Path(b.mixture).read_bytes()
     with pytest.raises(SongError, match='other settings'): write_songs(tmp_path/'s', (3, 1), (2., 2.), seed=1, band='plucked')
+
+
+def test_a_song_that_another_process_has_just_made_is_taken(tmp_path, monkeypatch):
+    def beaten(folder, song):
+        write_song(folder, song)
+        raise OSError(39, 'Directory not empty')
+    monkeypatch.setattr(stems, 'write_song', beaten)
+    assert len(write_songs(tmp_path, (1, 1), (1., 1.), 8000, band='plucked')) == 2
+    assert not list(tmp_path.rglob('.*'))
 
 
 def test_a_song_whose_writing_fails_leaves_nothing(tmp_path, monkeypatch):
@@ -303,6 +312,26 @@ def test_an_epoch_is_known_by_its_number_and_validation_never_changes(songs):
         valid = a.new(shuffle=False)
         for x, y in zip([*valid], [*valid]): assert all(torch.equal(p, q) for p, q in zip(x, y))
         assert type(valid) is make and len(valid) == len(a) and len(a.new(bs=4)) > len(a)
+
+
+def test_some_voices_go_lower_and_say_so_by_octaves(songs):
+    data = song_segments(songs[songs.split == 'train'])
+    seen = torch.cat([b[2] for b in DenoiseLoader(data, 8, shuffle=True, seed=3)])
+    low = DenoiseLoader(data, 8, shuffle=True, seed=3, low=.6)
+    made = torch.cat([b[2] for b in low])
+    power = lambda x: torch.fft.rfft(x).abs().square()
+    median = lambda x: (power(x).cumsum(-1) < .5*power(x).sum(-1, keepdim=True)).sum(-1).float()
+    same, one, two = ((made - x + x.mean(-1, keepdim=True)).abs().amax(1) < 1e-5 for x in (seen, slower(seen), slower(seen, 2)))
+    assert (same | one | two).all() and same.any() and one.any() and two.any()
+    many = torch.randn(4000, 16, generator=torch.Generator().manual_seed(0))
+    heard = low.lowered(many, 0, 0)
+    shares = torch.stack([(heard - x).abs().amax(1) < 1e-6 for x in (many, slower(many), slower(many, 2))]).float().mean(1)
+    assert torch.allclose(shares, torch.tensor([.4, .3, .3]), atol=.03)
+    assert median(made[two]).median() < .5*median(seen).median()
+    low.epoch = 0
+    assert torch.equal(torch.cat([b[2] for b in low]), made)
+    assert not DenoiseLoader(data, 8, low=.6).lowered(seen[:2], 0, 0).sub(seen[:2]).any()
+    with pytest.raises(SongError, match='share'): DenoiseLoader(data, low=1.5)
 
 
 def test_gains_and_remixing(songs):

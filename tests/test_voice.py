@@ -159,7 +159,7 @@ def test_frozen_is_frozen_and_tuned_is_not():
 
 # --- separating ----------------------------------------------------------------------------------------------------------
 
-def test_blended_is_overlap_add_with_triangles():
+def test_joined_linearly_is_overlap_add_with_triangles():
     n, size, k, rng = 1003, 200, 30, np.random.default_rng(0)
     cut = spans(n, size, k)
     pieces = [torch.from_numpy(rng.normal(size=(2, z - a))).float() for a, z in cut]
@@ -169,7 +169,7 @@ def test_blended_is_overlap_add_with_triangles():
         if i: w[:k] = ramp
         if i < len(cut) - 1: w[-k:] = 1 - ramp
         total[:, a:z] += w*p.numpy()
-    out = torch.cat(list(S.blended(iter(pieces), k)), -1)
+    out = torch.cat(list(S.joined(iter(pieces), k, torch.lerp)), -1)
     assert out.shape == (2, n) and np.abs(out.numpy() - total).max() < 1e-5
 
 

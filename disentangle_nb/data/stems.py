@@ -6,7 +6,7 @@
 __all__ = ['PALETTES', 'PROGRESSIONS', 'Plan', 'PAN', 'STEMS', 'LOUD_DB', 'SongError', 'plan_song', 'band_events', 'pluck',
            'beat', 'plucked', 'player_of', 'Song', 'make_song', 'write_song', 'write_songs', 'open_musdb', 'read_songs',
            'load_song', 'load_f0', 'mark_valid', 'cut', 'cut_padded', 'segments', 'SongSegments', 'song_segments',
-           'SegmentLoader', 'DenoiseLoader', 'MixLoader']
+           'SegmentLoader', 'slower', 'DenoiseLoader', 'MixLoader']
 
 # %% ../../nbs/13_data.stems.ipynb #9b246643
 import dataclasses, math, shutil, warnings
@@ -233,7 +233,10 @@ def write_songs(folder:str|Path,  # Where `train` and `test` will be
     for part, s, d in progress(jobs, desc='songs'):
         name = (TRAIN_SINGERS if part == 'train' else TEST_SINGERS)[s % 4]
         where = folder/part/f'Song {s:06d} - {name}'
-        if not where.is_dir(): write_song(where, make_song(s, d, sr, name, part, channels, band))
+        if where.is_dir(): continue
+        try: write_song(where, make_song(s, d, sr, name, part, channels, band))
+        except OSError:
+            if not where.is_dir(): raise # else somebody else has just made the same song
     return read_songs(folder)
 
 # %% ../../nbs/13_data.stems.ipynb #573db604
@@ -549,23 +552,39 @@ class SegmentLoader(BatchLoader):
     def __repr__(self): return f"{type(self).__name__}({self.n} segments in {len(self)} batches of {self.bs}, shuffle={self.shuffle}, {self.device})"
 
 # %% ../../nbs/13_data.stems.ipynb #03e6e673
+def slower(x:torch.Tensor,    # Clips `(b, n)`
+           octaves:int=1,     # How far down
+          )->torch.Tensor:    # `(b, n)`, made of the first n/2^octaves samples
+    "The beginning of clips, played so slowly that it lasts as long: octaves lower."
+    n, m = x.shape[-1], x.shape[-1] >> octaves
+    X = torch.fft.rfft(x[..., :m])
+    return torch.fft.irfft(torch.nn.functional.pad(X, (0, n//2 + 1 - X.shape[-1])), n)*(n/m)
+
+# %% ../../nbs/13_data.stems.ipynb #b7d68ea8
 class DenoiseLoader(SegmentLoader):
     "Batches (noisy voice, artificial mixture, voice), (b, n) each; two inputs and the target."
     n_inp = 2
-    _args = SegmentLoader._args + ['noise', 'zero_mean']
+    _args = SegmentLoader._args + ['noise', 'low', 'zero_mean']
     def __init__(self, data:SongSegments, # From `song_segments`
                  bs:int=8,          # Segments of a batch
                  noise:float=1e-4,  # Standard deviation of what is added to the voice
+                 low:float=0.,      # Share of voices that are played one or two octaves lower
                  zero_mean:str=None, # What loses its mean: 'segment', 'batch' (the papers'), or ''; by the way the data were cut when None
                  **kw,              # `shuffle`, `seed`, `device`, `drop_last`, `share`
                 ):
-        self.noise, self.zero_mean = noise, ('batch' if data.faithful else 'segment') if zero_mean is None else zero_mean
+        if not 0 <= low <= 1: raise SongError(f"low is a share from 0 to 1; got {low}")
+        self.noise, self.low, self.zero_mean = noise, low, ('batch' if data.faithful else 'segment') if zero_mean is None else zero_mean
         if self.zero_mean not in ('segment', 'batch', ''): raise SongError(f"zero_mean is 'segment', 'batch' or ''; got {zero_mean!r}")
         super().__init__(data, bs, **kw)
 
     def centred(self, x):
         if not self.zero_mean: return x
         return x - (x.mean() if self.zero_mean == 'batch' else x.mean(-1, keepdim=True))
+
+    def lowered(self, x, *at): # Voices (b, n), some of them lower; `at` is what chance hangs on
+        if not (self.low and self.shuffle): return x
+        u = torch.rand(len(x), 1, generator=make_generator(self.seed, 'low', *at, *self.share, device=self.device.type), device=self.device)/self.low
+        return torch.where(u < .5, slower(x), torch.where(u < 1, slower(x, 2), x))
 
 @patch
 @torch.no_grad()
@@ -574,7 +593,7 @@ def __iter__(self:DenoiseLoader):
     order, others = self.order(epoch), self.permuted('rest', epoch)
     for step, span in enumerate(self._cuts()):
         a, z = self._own(*span)
-        voice = self.take(0, order[a:z])
+        voice = self.lowered(self.take(0, order[a:z]), epoch, step)
         mix, voice = self.centred(voice + self.take(1, others[a:z])), self.centred(voice)
         g = make_generator(self.seed, 'noise', epoch, step, *self.share, device=self.device.type)
         xi = torch.randn(voice.shape, generator=g, device=self.device)

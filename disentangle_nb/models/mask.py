@@ -104,8 +104,8 @@ class TimeBlock(nn.Module):
     "Widen, listen along time, narrow; added to the input."
     def __init__(self, width, inner, dilation):
         super().__init__()
-        self.layers = nn.Sequential(nn.Conv1d(width, inner, 1, bias=False), nn.BatchNorm1d(inner), nn.PReLU(),
-                                    nn.Conv1d(inner, inner, 3, padding=dilation, dilation=dilation, groups=inner, bias=False), nn.BatchNorm1d(inner), nn.PReLU(),
+        self.layers = nn.Sequential(nn.Conv1d(width, inner, 1, bias=False), nn.BatchNorm1d(inner), nn.LeakyReLU(.25),
+                                    nn.Conv1d(inner, inner, 3, padding=dilation, dilation=dilation, groups=inner, bias=False), nn.BatchNorm1d(inner), nn.LeakyReLU(.25),
                                     nn.Conv1d(inner, width, 1))
 
     def forward(self, x): return x + self.layers(x) # (b, width, t) -> the same

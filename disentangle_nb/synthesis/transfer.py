@@ -266,18 +266,20 @@ def spans(n:int,        # Samples in all
 
 def joined(pieces,       # Clips (c, t), one for each span
            overlap:int,  # Samples that neighbours share
+           fade=None,    # Function of what ends, what begins and a ramp from 0 to 1; `faded` when None, `torch.lerp` adds amplitudes
           ):             # Yields clips (c, t) that follow each other without a gap
-    "Fade from block to block at constant power, handing on what is finished."
-    last, ramp = None, torch.linspace(0, math.pi/2, overlap + 2)[1:-1]
+    "Fade from block to block, at constant power by default, handing on what is finished."
+    last, ramp, fade = None, torch.linspace(0, 1, overlap + 2)[1:-1], fade or faded
     for piece in pieces:
         if last is not None:
             yield last[..., :-overlap]
-            piece = torch.cat([faded(last[..., -overlap:], piece[..., :overlap], ramp.cos(), ramp.sin()), piece[..., overlap:]], -1)
+            piece = torch.cat([fade(last[..., -overlap:], piece[..., :overlap], ramp), piece[..., overlap:]], -1)
         last = piece
     yield last
 
-def faded(one, other, a, b):
+def faded(one, other, ramp):
     "From one clip to the other; the power stays, however alike they are."
+    a, b = (ramp*math.pi/2).cos(), (ramp*math.pi/2).sin()
     alike = (one*other).sum(-1, keepdim=True)/(one.square().sum(-1, keepdim=True)*other.square().sum(-1, keepdim=True)).sqrt().clamp(min=1e-12)
     return (a*one + b*other)/(a*a + b*b + 2*a*b*alike.clamp(0, 1)).sqrt()
 

@@ -98,12 +98,13 @@ def voice_dls(train:SongSegments, # Songs, cut
               valid:SongSegments, # Others
               bs:int=8,           # Clips of a batch
               noise:float=1e-4,   # Standard deviation of what is added to the voice
+              low:float=0.,       # Share of voices played an octave or two lower
               zero_mean:str=None, # What loses its mean: 'segment', 'batch', ''; by the way the songs were cut when None
               seed:int=0,         # Of order, partners and noise
               device=None,        # Where songs stay and training runs
              )->DataLoaders:      # Batches (noisy voice, artificial mixture, voice)
     "Batches for a representation."
-    one = lambda data, shuffle: DenoiseLoader(data, bs, noise, zero_mean, shuffle=shuffle, seed=seed, device=device)
+    one = lambda data, shuffle: DenoiseLoader(data, bs, noise, low, zero_mean, shuffle=shuffle, seed=seed, device=device)
     dl = one(train, True)
     return DataLoaders(dl, one(valid, False), device=dl.device)
 
