@@ -428,7 +428,7 @@ class VoiceDesk:
         from disentangle_nb.audio import AudioError
         from disentangle_nb.data.soundfont import SoundFontError
         from disentangle_nb.data.stems import SongError
-        return told(CardError, SongError, AudioError, SoundFontError, OSError, ValueError)
+        return told(CardError, SongError, AudioError, SoundFontError, OSError)
 
     def card(self, args, look=False):
         study, path = self.module(), args.data if args.data not in (None, 'songs') else None
@@ -458,6 +458,7 @@ class VoiceDesk:
     def again(self, system, args):
         study = self.module()
         if args.known_only: raise UserError('--known-only is about classes of notes; any song will do here')
+        if args.figures and system.card['settings'].get('separator') == 'stft': raise UserError('--figures: an STFT has no carriers to draw; figures are of learnt representations')
         with self.faults():
             card = study.VoiceCard.from_dict(system.card['settings'])
             if args.data is None: return card, study.study_data(card)
@@ -568,8 +569,9 @@ def _fit(card, args, device, data, out):
     from disentangle_nb.training.learner import TrainingDiverged
     from disentangle_nb.training.resume import Checkpoint
     keep = dict(seconds=args.every) if args.every else dict(every=1)
-    with told(TrainingDiverged, OSError):
-        return STUDIES[args.study].module().train_study(card, device, data, [Checkpoint(out/'checkpoints', resume=args.resume, run=card.to_dict(), **keep), progress_lines(out)])[0]
+    desk = STUDIES[args.study]
+    with told(TrainingDiverged, OSError), desk.faults() if hasattr(desk, 'faults') else contextlib.nullcontext():
+        return desk.module().train_study(card, device, data, [Checkpoint(out/'checkpoints', resume=args.resume, run=card.to_dict(), **keep), progress_lines(out)])[0]
 
 def _finish(system, data, args, card, out):
     "Save, measure, clean up, report."

@@ -123,7 +123,8 @@ def test_bad_songs_are_named():
     x = rand(1000)
     for v, r in ((x, x[:-1]), (x[None], x[None])):
         with pytest.raises(ValueError, match='tune: voice and accompaniment'): S.segment_study({}, [('tune', v, r)], n=100)
-    with pytest.warns(UserWarning, match='no segment of tune'): assert S.segment_study({}, [('tune', 0*x, x)], n=100).empty
+    with pytest.warns(UserWarning, match='no segment of tune'): t = S.segment_study(dict(stft=S.STFTCodec(64, 16)), [('tune', 0*x, x), ('song', 9*x, x)], n=100)
+    assert set(t.song) == {'song'} and (t.system == 'stft').any()
 
 
 # --- statistics --------------------------------------------------------------------------------------------------------

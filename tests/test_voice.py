@@ -213,7 +213,30 @@ def test_files_keep_length_rate_and_channels(tmp_path, sr, c, suffix):
     x = load_audio(tmp_path/f'song.{suffix}', mono=False)[0]
     (v, rv), (r, rr) = (load_audio(files[k], mono=False) for k in ('vocals', 'accompaniment'))
     assert v.shape == r.shape == x.shape and rv == rr == sr and (v + r - x).abs().max() < 1e-6
-    assert sorted(p.name for p in (tmp_path/'out').iterdir()) == ['stems'] and sorted(p.name for p in (tmp_path/'out'/'stems').iterdir()) == ['accompaniment.wav', 'vocals.wav']
+    assert sorted(p.name for p in (tmp_path/'out').iterdir()) == ['stems'] and sorted(p.name for p in (tmp_path/'out'/'stems').iterdir()) == ['accompaniment.wav', 'separated.json', 'vocals.wav']
+
+
+def test_other_peoples_files_are_never_replaced(tmp_path):
+    song, system = .3*rand(1, 8000), separator()
+    for k in ('vocals', 'accompaniment', 'song'): save_audio(tmp_path/'set'/f'{k}.wav', song, 8000)
+    (tmp_path/'set'/'song.wav').rename(tmp_path/'song.wav')
+    before = {p: p.read_bytes() for p in (tmp_path/'set').iterdir()}
+    for src, says in (('set/vocals.wav', 'lies in'), ('song.wav', "weren't made by separating")):
+        with pytest.raises(S.SeparationError, match=says): S.separate_file(system, tmp_path/src, tmp_path/'set')
+    (tmp_path/'other').mkdir(), (tmp_path/'other'/'notes.txt').touch()
+    with pytest.raises(S.SeparationError, match='holds other files'): S.separate_file(system, tmp_path/'song.wav', tmp_path/'other')
+    for _ in range(2): S.separate_file(system, tmp_path/'song.wav', tmp_path/'stems') # its own may be made again
+    with pytest.raises(S.SeparationError, match='lies in'): S.separate_file(system, tmp_path/'stems'/'vocals.wav', tmp_path/'stems')
+    assert {p: p.read_bytes() for p in (tmp_path/'set').iterdir()} == before
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
+    import soundfile as sf
+    save_audio(tmp_path/'song.wav', .3*rand(1, 8000), 8000)
+    def full(self, x): raise sf.LibsndfileError(2)
+    monkeypatch.setattr(sf.SoundFile, 'write', full)
+    with pytest.raises(AudioError, match='(vocals|accompaniment).wav.*disk full'): S.separate_file(separator(), tmp_path/'song.wav', tmp_path/'a'/'stems')
+    assert [p.name for p in tmp_path.iterdir()] == ['song.wav']
 
 
 def test_a_failure_half_way_leaves_nothing(tmp_path, monkeypatch):
@@ -298,7 +321,7 @@ def test_the_papers_have_their_parameters():
     assert (card.sr, card.hop, card.seconds, card.bs, card.epochs, card.lr, card.noise, card.weight) == (44100, 256, 1., 8, 8, 1e-4, 1e-4, .5)
 
 
-@pytest.mark.parametrize('changes, says', [(dict(preset='opera'), 'preset'), (dict(epochs=0), 'epochs'), (dict(overlap=1.), 'overlap'), (dict(kernel=100, hop=128), 'kernels'), (dict(power=3), 'power'), (dict(songs=(1, 1)), 'two songs')])
+@pytest.mark.parametrize('changes, says', [(dict(preset='opera'), 'preset'), (dict(epochs=0), 'epochs'), (dict(overlap=1.), 'overlap'), (dict(kernel=100, hop=128), 'kernels'), (dict(power=3), 'power'), (dict(songs=(1, 1)), 'two songs'), (dict(remix=2.), 'remix'), (dict(low=-1.), 'low'), (dict(p=3.), 'p lies'), (dict(reg=0.), 'reg'), (dict(weight=-5.), 'weight'), (dict(estimator='lstm', width=33), 'even')])
 def test_settings_of_no_use_are_refused(changes, says):
     with pytest.raises(CardError, match=says): study.check_card(study.VoiceCard().replace(**changes))
 
@@ -448,8 +471,11 @@ def broken(at):
         save_audio(at/'missing'/f's{i}'/'vocals.wav', good['vocals'], 8000)
         for k in ('vocals', 'accompaniment'): save_audio(at/'short'/f's{i}'/f'{k}.wav', good['vocals'][:, :2000], 8000)
         for k in ('vocals', 'accompaniment'): save_audio(at/'silent'/f's{i}'/f'{k}.wav', good.rest*(k != 'vocals'), 8000)
+    for i in range(3):
+        for split in ('train', 'valid', 'test'):
+            for k in ('vocals', 'accompaniment'): save_audio(at/'mute'/split/f's{i}'/f'{k}.wav', good.rest*(k != 'vocals') if split == 'test' else good['vocals'], 8000)
     (at/'empty').mkdir()
-    return dict(length='length', rate='rate', channels='channels', missing='mixture or accompaniment', short='less than a segment', silent='silent', empty='no song', absent='no such folder')
+    return dict(mute='silent', length='length', rate='rate', channels='channels', missing='mixture or accompaniment', short='less than a segment', silent='silent', empty='no song', absent='no such folder')
 
 
 def test_folders_that_cannot_be_trained_on_cost_a_line_and_leave_nothing(tmp_path, monkeypatch, capsys):
@@ -461,6 +487,8 @@ def test_folders_that_cannot_be_trained_on_cost_a_line_and_leave_nothing(tmp_pat
         assert cli.train(['voice', '--profile', 'quick', '--data', folder, '--out', 'run', *SET]) == 2, folder
         lines = [l for l in capsys.readouterr().err.splitlines() if 'error:' in l]
         assert len(lines) == 1 and words in lines[0], (folder, lines)
+    assert cli.train(['voice', '--profile', 'quick', '--data', 'silent', '--out', 'run', *SET, '--set', 'preset=stft']) == 2
+    assert 'silent' in capsys.readouterr().err
     assert sorted(tmp_path.rglob('*')) == before
 
 

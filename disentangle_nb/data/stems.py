@@ -247,7 +247,7 @@ def _header(path):
     import soundfile as sf
     try: f = sf.info(str(path))
     except (sf.LibsndfileError, RuntimeError) as e:
-        raise AudioError(f"not readable as audio ({getattr(e, 'error_string', e)})", path) from None
+        raise AudioError(f"not readable as audio ({getattr(e, 'error_string', e)}). If it is AAC or the like, convert it first: ffmpeg -i in.m4a out.wav", path) from None
     return f.samplerate, f.channels, f.frames
 
 def _stems(folder):
@@ -332,7 +332,9 @@ def read_songs(root:str|Path,     # MUSDB18, MUSDB18-HQ, a folder of song folder
 # %% ../../nbs/13_data.stems.ipynb #68dff5a9
 def _mp4_song(row, offset, duration):
     "Mixture and voice (c, t) of a compressed song."
-    track = next(t for t in open_musdb(row.folder, row.split) if t.name == row.song)
+    here = Path(row.vocals).parent
+    track = next((t for t in open_musdb(row.folder, '' if here == Path(row.folder) else here.name) if t.name == row.song), None)
+    if track is None: raise SongError(f"{row.vocals}: gone since the folder was read. Read it again")
     out = []
     for source in (track, track.sources['vocals']):
         source.chunk_start, source.chunk_duration = offset, duration
@@ -374,6 +376,7 @@ def mark_valid(table,       # Of `read_songs`
               ):            # The table with 'valid' in place of 'train' for those
     "Set training songs aside for validation."
     train = table.index[table.split.isin(['train', ''])]
+    if isinstance(valid, str) and valid != 'musdb': raise SongError(f"held-out songs are a share, a list of names, or 'musdb'; got {valid!r}")
     if valid == 'musdb':
         try: import musdb, yaml
         except (ImportError, RuntimeError):
@@ -581,10 +584,9 @@ class DenoiseLoader(SegmentLoader):
         if not self.zero_mean: return x
         return x - (x.mean() if self.zero_mean == 'batch' else x.mean(-1, keepdim=True))
 
-    def lowered(self, x, *at): # Voices (b, n), some of them lower; `at` is what chance hangs on
-        if not (self.low and self.shuffle): return x
-        u = torch.rand(len(x), 1, generator=make_generator(self.seed, 'low', *at, *self.share, device=self.device.type), device=self.device)/self.low
-        return torch.where(u < .5, slower(x), torch.where(u < 1, slower(x, 2), x))
+    def lowered(self, x, u): # Voices (b, n), chance (b, 1) -> the same, some of them lower; none that would be silent
+        down = torch.where(u < self.low/2, slower(x), torch.where(u < self.low, slower(x, 2), x))
+        return torch.where(down.square().mean(-1, keepdim=True) > 10**(LOUD_DB/10), down, x)
 
 @patch
 @torch.no_grad()
@@ -593,7 +595,8 @@ def __iter__(self:DenoiseLoader):
     order, others = self.order(epoch), self.permuted('rest', epoch)
     for step, span in enumerate(self._cuts()):
         a, z = self._own(*span)
-        voice = self.lowered(self.take(0, order[a:z]), epoch, step)
+        voice = self.take(0, order[a:z])
+        if self.low and self.shuffle: voice = self.lowered(voice, torch.rand(span[1] - span[0], 1, generator=make_generator(self.seed, 'low', epoch, step)).to(self.device)[a - span[0]:z - span[0]])
         mix, voice = self.centred(voice + self.take(1, others[a:z])), self.centred(voice)
         g = make_generator(self.seed, 'noise', epoch, step, *self.share, device=self.device.type)
         xi = torch.randn(voice.shape, generator=g, device=self.device)

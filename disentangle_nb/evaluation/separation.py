@@ -147,7 +147,7 @@ def segment_study(systems:dict,        # Name -> what has `encode` and `decode`
         voice, rest = _cut(voice, n), _cut(rest, n)
         loud = is_loud(voice, floor).nonzero()[:, 0]
         if not len(loud): empty.append(song)
-        for i in loud.split(batch):
+        for i in loud.split(batch) if len(loud) else ():
             rows += _rows(song, 'mixture', i, dict(masked=si_sdr(voice[i] + rest[i], voice[i])))
             for name, codec in systems.items():
                 rows += _rows(song, name, i, segment_scores(codec, voice[i].to(_device(codec)), rest[i].to(_device(codec)), threshold))

@@ -443,7 +443,9 @@ def load_published(analysis,        # Encoder: dictionary of tensors or file
     found = {**read_tensors(analysis), **read_tensors(synthesis)}
     lost, extra = [sorted(a - b) for a, b in ((set(PUBLISHED), set(found)), (set(found), set(PUBLISHED)))]
     if lost or extra: raise CheckpointError(f"the papers' encoder and cosine decoder have {', '.join(PUBLISHED)}; missing: {', '.join(lost) or 'none'}, unknown: {', '.join(extra) or 'none'}")
+    if found['conv_a1.weight'].ndim != 3: raise CheckpointError(f"conv_a1.weight should be (components, 1, samples); got {tuple(found['conv_a1.weight'].shape)}")
     (c, _, l), shared = found['conv_a1.weight'].shape, len(found['norm_factor']) == 1
+    if hop > l: raise CheckpointError(f"hop {hop} is longer than the kernels of these weights, {l} samples; the papers' are 256 and 384")
     model = CosineAutoencoder(c, l, hop, sr, power=power, modulated=not shared, n_frames=max(1, round(sr/hop)))
     for name, own in PUBLISHED.items():
         to = model.get_parameter(own)
