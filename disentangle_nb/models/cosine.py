@@ -6,7 +6,8 @@
 __all__ = ['ENCODERS', 'DECODERS', 'PUBLISHED', 'frame', 'blocks', 'analyse', 'synthesise', 'wide', 'cosines', 'mel_hz',
            'Cosines', 'Encoder', 'ConvEncoder', 'CosineEncoder', 'SincEncoder', 'CosineDecoder', 'ConvDecoder',
            'CosineAutoencoder', 'unframed', 'show_carriers', 'spectra', 'carrier_share', 'show_kernels',
-           'show_components', 'Embedder', 'PairDiscriminator', 'read_tensors', 'load_published', 'likely_hop']
+           'show_components', 'show_basis', 'Embedder', 'PairDiscriminator', 'read_tensors', 'load_published',
+           'likely_hop']
 
 # %% ../../nbs/34_models.cosine.ipynb #dddcd8ed
 import math
@@ -383,6 +384,23 @@ def show_components(model,            # Has `sort_components`, `carriers_hz`, `h
     ax.set_yticks([i + .5 for i in ticks], [f'{hz[i]:.0f}' for i in ticks])
     ax.set(xlabel='time (s)', ylabel='carrier (Hz)')
     ax.figure.colorbar(im, ax=ax, pad=.02)
+    if title: ax.set_title(title, fontsize=10, loc='left')
+    return ax
+
+# %% ../../nbs/34_models.cosine.ipynb #db887478
+def show_basis(model:CosineAutoencoder, # Its decoder has kernels
+               title:str=None,          # The figure's claim
+               ax=None,                 # Axes to draw on
+              ):                        # The axes
+    "Spectra of all kernels, sorted by carrier, each relative to its peak; the line is the carrier's own place."
+    from disentangle_nb.plot import panels
+    ax, order = ax or panels(), model.order()
+    s = spectra(model.basis()[order]).cpu()
+    im = ax.imshow(20*(s/s.amax(1, keepdim=True).clamp(min=1e-30)).clamp(min=1e-3).log10(), origin='lower', aspect='auto', cmap='magma', vmin=-60, vmax=0,
+                   interpolation='nearest', extent=(0, model.sr/2000, 0, len(s)))
+    ax.plot(model.carriers_hz()[order].cpu()/1000, np.arange(len(s)) + .5, color='w', lw=.8)
+    ax.set(xlabel='frequency (kHz)', ylabel='component', xlim=(0, model.sr/2000), ylim=(0, len(s)))
+    ax.figure.colorbar(im, ax=ax, pad=.02, label='dB')
     if title: ax.set_title(title, fontsize=10, loc='left')
     return ax
 

@@ -8,8 +8,8 @@ __all__ = ['PRESETS', 'SMALL', 'BIG', 'profiles', 'special', 'TOLD', 'AIMS', 'PU
            'study_loss', 'staged', 'study_learner', 'mask_stage', 'train_study', 'as_system', 'told', 'segment_table',
            'penalty_study', 'carrier_study', 'profile_of', 'read_pitch', 'pitch_study', 'separation_table',
            'separation_study', 'recordings_study', 'evaluate_study', 'run_study', 'Embedded', 'show_gradients',
-           'study_figures', 'study_sounds', 'study_grid', 'pack_study', 'study_results', 'study_frame', 'aims_table',
-           'three_columns']
+           'study_figures', 'study_sounds', 'study_grid', 'pack_study', 'study_results', 'recorded_segments',
+           'study_frame', 'aims_table', 'three_columns']
 
 # %% ../../nbs/83_studies.voice.ipynb #ce2fbfd6
 import json, math, time
@@ -24,10 +24,10 @@ from ..evaluation.separation import METRICS, STFTCodec, informed, segment_study,
 from ..features.waveform import Waveform
 from ..losses.sinkhorn import frame_costs, frame_distributions, sinkhorn_penalty
 from ..losses.waveform import total_variation
-from ..models.cosine import CosineAutoencoder, carrier_share, mel_hz, show_carriers, show_components, show_kernels, spectra
+from ..models.cosine import CosineAutoencoder, carrier_share, mel_hz, show_basis, show_carriers, show_components, show_kernels, spectra
 from ..models.mask import Separator, random_basis
 from ..models.system import Disentangler
-from ..plot import panels
+from ..plot import panels, show_spec
 from ..synthesis.separate import separate
 from ..training.voice import MaskLoss, PairLoss, VoiceLoss, mask_dls, mask_learner, voice_dls, voice_learner
 
@@ -442,12 +442,15 @@ def study_figures(system:Disentangler, # Trained
         fig = (ax[0] if isinstance(ax, list) else ax).figure
         with atomic_path(Path(folder)/f'{name}.png') as tmp: fig.savefig(tmp, format='png', dpi=80)
         files.append(Path(folder)/f'{name}.png'); plt.close(fig)
-    keep('carriers', show_carriers({'trained': bank, 'at birth': random_basis(bank.args)}))
+    others = {f'theta^{p}, at birth': random_basis(bank.args | dict(power=p, decoder='cosine')) for p in (1, 2)}
+    keep('carriers', show_carriers({'trained': bank, **others})), keep('basis', show_basis(bank))
     for m in ('voice', 'masked', 'additivity', 'wdo'): keep(m, show_scores(table, m))
     if hasattr(bank.decoder, 'theta'):
         for i in range(0, card.components, max(5, card.components//24)): keep(f'kernel-{i:03d}', show_kernels(bank, [i]))
-    n = min(len(voice), 3*card.sr)
-    for name, x in dict(voice=voice, mixture=voice + rest).items(): keep(f'representation-{name}', show_components(bank, bank.encode(x[None, :n])[0].detach(), vmax=1.))
+    n, stft = min(len(voice), 3*card.sr), STFTCodec(card.kernel, card.hop)
+    for name, x in dict(voice=voice, mixture=voice + rest).items():
+        keep(f'representation-{name}', show_components(bank, bank.encode(x[None, :n])[0].detach(), vmax=1.))
+        keep(f'stft-{name}', show_spec(stft.encode(x[None, :n])[0].abs(), card.sr, card.hop, unit='magnitude'))
     return files
 
 def study_sounds(system:Disentangler, # Trained
@@ -494,6 +497,13 @@ TOLD = {k: _median('ours', k) for k in ('voice', 'mixture', 'masked', 'additivit
     born=_median('untrained', 'voice'), unmasked=_median('mixture', 'masked'), stft_masked=_median('STFT', 'masked'), stft_additivity=_median('STFT', 'additivity'),
     share='carriers/share', by_kernel='pitch/kernel', by_carrier='pitch/carrier', gain=_gain('separation'), frozen=_gain('frozen'),
     sdr='separation/ours/vocals SDR/median', recordings=_gain('recordings'), parameters='parameters', seconds='seconds')
+
+def recorded_segments(runs:list,  # As `study_results` gives them
+                      seed:int=0, # Whose
+                     )->pd.DataFrame: # As from `segment_study`: a system for each row of the study
+    "Every second of recorded runs."
+    rows = [pd.DataFrame(dict(song='', segment=range(len(v)), metric=m, value=v, system=r['card']['preset'])) for r in runs if r['card']['seed'] == seed for m, v in r['result'].get('segments', {}).items()]
+    return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns='song segment metric value system'.split())
 
 def study_frame(runs:list, # As `study_results` gives them
                )->pd.DataFrame: # One row a run: 'preset', 'seed', and what `TOLD` names
