@@ -137,8 +137,8 @@ def test_pieces_give_the_frames_of_the_whole_to_the_bit(hop):
 
 
 def test_blocks_leave_no_seam():
-    x = noise(22050*50)
-    pairs = [(n, k) for n in range(1020, 1034) for k in (0, 40, 119)]
+    x, step = noise(22050*50), feature.T - 2*feature.margin           # where a block hands over to the next
+    pairs = [(n, k) for n in range(step - 3, step + 3) for k in (0, 1, 2, 40, 119)]
     assert apart(at(feature.magnitude(x), pairs), cqt_direct(x, pairs).abs()) < 2e-4
 
 

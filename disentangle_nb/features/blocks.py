@@ -17,7 +17,7 @@ from ..data.batches import BatchLoader
 from ..data.recordings import RecordingError, read_recordings
 from .cqt import unit_frames
 
-# %% ../../nbs/22a_features.blocks.ipynb #3af7181e
+# %% ../../nbs/22a_features.blocks.ipynb #a5e4f986
 def frames_key(file,    # Recording
                feature, # A `CQT`
               )->str:   # Sixteen hexadecimal digits
@@ -55,7 +55,7 @@ def cached_frames(file,        # Recording
         if not path.is_file():
             with atomic_path(path) as aside: _write_frames(aside, file, feature)
         try: x = np.load(path, mmap_mode='c', allow_pickle=False)
-        except (ValueError, EOFError, OSError) as e: x, why = None, str(e)
+        except (ValueError, EOFError, OSError): x = None
         if x is not None and x.ndim == 2 and x.shape[1] == feature.n_bins: return torch.from_numpy(x)
         if attempt: raise RecordingError(f"{path}: can't be read as features. Remove it, and run again")
         warnings.warn(f"the features {path.name} of {file} are damaged; making them again")
