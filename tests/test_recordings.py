@@ -181,6 +181,9 @@ def test_the_clock_without_rubato_is_the_metronome_and_with_it_stays_within():
         speed = np.diff(b)/np.diff(t)/2
         assert (np.diff(t) > 0).all() and 0.84 < speed.min() < .99 and 1.01 < speed.max() < 1.16 and np.array_equal(t, beat_times(b, 120., .15, seed))
     with pytest.raises(RecordingError): beat_times(b, 0.)
+    s = walk(stream(0))
+    p = perform(s, 'harp', 90, rubato=.15, seed=3, band='plucked')
+    assert np.allclose(p.onset, beat_times(s.onset, 90, .15, 3)) and np.abs(p.onset - s.onset/1.5).max() > .02
 
 
 def test_notes_begin_where_they_are_said_to(band):
