@@ -36,7 +36,7 @@ def _shift_each(x, delta, circular):
     out = x.gather(-1, to.view(-1, *[1]*(x.ndim - 2), f).expand(x.shape))
     return out if circular else out*((i >= 0) & (i < f)).to(x.dtype).view(-1, *[1]*(x.ndim - 2), f)
 
-# %% ../../nbs/35_models.gated.ipynb #d12f5755
+# %% ../../nbs/35_models.gated.ipynb #6e865268
 class GatedAutoencoder(nn.Module):
     "A code for the relation between the frames before and the present one."
     factors = ['interval', 'context']
@@ -52,7 +52,7 @@ class GatedAutoencoder(nn.Module):
                 ):
         super().__init__()
         self.args = dict(n_bins=n_bins, context=context, n_factors=n_factors, n_mapping=list(n_mapping), norm=norm, binary=binary, gain=list(gain))
-        self.n_bins, self.context, self.norm, self.binary = n_bins, context, norm, binary
+        self.n_bins, self.window, self.norm, self.binary = n_bins, context, norm, binary
         self.U, self.V = [nn.Parameter(_uniform(n_factors, i)) for i in (context*n_bins, n_bins)]
         k1, k2 = n_mapping
         self.W0, self.W1 = [nn.Parameter(g*_uniform(o, i)) for o, i, g in ((k1, n_factors, gain[0]), (k2, k1, gain[1]))]
@@ -95,7 +95,7 @@ def imagine(self:GatedAutoencoder,
     h = F.linear(F.linear(m, self.W1.T) + self.b0, self.W0.T)
     return F.linear(h*ux, self.V.T)
 
-# %% ../../nbs/35_models.gated.ipynb #3d16a482
+# %% ../../nbs/35_models.gated.ipynb #5673b222
 @patch
 def encode(self:GatedAutoencoder,
            x:torch.Tensor,   # Frames, shape (b, f, n)
@@ -106,7 +106,7 @@ def encode(self:GatedAutoencoder,
 
 @patch
 def _past(self:GatedAutoencoder, x): # Frames (b, f, n) -> `look` at what comes before each (b, n, k)
-    return self.look(F.pad(x, (self.context, 0))[..., :-1].mT.contiguous())
+    return self.look(F.pad(x, (self.window, 0))[..., :-1].mT.contiguous())
 
 @patch
 def decode(self:GatedAutoencoder,
@@ -122,7 +122,7 @@ def heard(self:GatedAutoencoder,
           n:int,            # Frames
          )->torch.Tensor:   # Shape (n,)
     "Which codes have their whole past."
-    return torch.arange(n) >= self.context
+    return torch.arange(n) >= self.window
 
 # %% ../../nbs/35_models.gated.ipynb #6050c61b
 @patch
@@ -298,10 +298,10 @@ def tensors_in(path, # A file written by `torch.save`: a module or a dictionary
     except CheckpointError: raise
     except Exception as e: raise CheckpointError(f"{path} can't be read as tensors: {type(e).__name__}: {e}") from e
 
-# %% ../../nbs/35_models.gated.ipynb #dd90042d
+# %% ../../nbs/35_models.gated.ipynb #149bb860
 def published_layout(model:GatedAutoencoder)->dict: # Name -> shape
     "Arrays of the published program for a model of this size, the unused one included."
-    l, f, (k2, k1), k = model.context, model.n_bins, model.W1.shape, len(model.V)
+    l, f, (k2, k1), k = model.window, model.n_bins, model.W1.shape, len(model.V)
     return dict(U=(k, 1, l, f), V=(k, 1, 1, f), W0=(k1, k, 1, 1), b0=(k1,), W1=(k2, k1, 1, 1), b1=(k2,), bias_x=(f,))
 
 def read_published(path,  # The file, if you have it
