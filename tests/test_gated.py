@@ -122,7 +122,7 @@ def test_filters_keep_their_length_and_the_optimiser_its_state():
     blocks = contrast(torch.rand(2, 30, 120))
     for _ in range(2):
         opt.zero_grad()
-        GatedLoss()(model(blocks[:, :-1], blocks[:, :-1], blocks[:, 9:]), blocks[:, 9:]).backward()
+        GatedLoss(onset=0.)(model(blocks[:, :-1], blocks[:, :-1], blocks[:, 9:]), blocks[:, 9:]).backward()
         opt.step()
     assert (model.U.norm(dim=1) - .4).abs().max() > 1e-3
     ids, state, grown = [id(p) for p in model.parameters()], {id(p): {k: v.clone() for k, v in s.items()} for p, s in opt.state.items()}, model.W0.clone()
@@ -165,7 +165,7 @@ def test_binary_frames_come_back_as_probabilities():
     p = model.decode(**model.encode(x))
     assert 0 < p.min() and p.max() < 1
     out, y = model(x.mT[:, :-1], x.mT[:, :-1], x.mT[:, 9:]), x.mT[:, 9:].contiguous()
-    loss = GatedLoss(binary=True)
+    loss = GatedLoss(onset=0., binary=True)
     loss(out, y)
     assert loss.parts['recon'].item() == pytest.approx(F.binary_cross_entropy(p[..., 9:].mT, y).item()/math.log(2), rel=2e-3)
 
@@ -317,7 +317,7 @@ def test_keys_are_equally_likely_and_seeded():
 
 def test_predicting_nothing_costs_one_in_every_key():
     y = contrast(torch.rand(3, 40, 120))
-    out, loss = dict(m=torch.full((3, 40, 64), .1), y_hat=torch.zeros(3, 40, 120)), GatedLoss(4e-6)
+    out, loss = dict(m=torch.full((3, 40, 64), .1), y_hat=torch.zeros(3, 40, 120)), GatedLoss(4e-6, onset=0.)
     for delta in (0, 20, -60):
         loss.delta = delta
         assert loss(out, shift_bins(y, delta)).item() == pytest.approx(1 + 120*.004352*.01, rel=1e-4)
@@ -335,7 +335,7 @@ def test_frames_that_bring_something_count_more():
     out = lambda y_hat: dict(m=torch.zeros(1, 10, 64), y_hat=y_hat)
     loss = GatedLoss(onset=9.)
     assert loss(out(wrong_there), y, rise).item() == pytest.approx(10/19, rel=1e-4) and loss(out(wrong_elsewhere), y, rise).item() == pytest.approx(9/19, rel=1e-4)
-    assert GatedLoss()(out(wrong_there), y, rise).item() == pytest.approx(.1, rel=1e-4)
+    assert GatedLoss(onset=0.)(out(wrong_there), y, rise).item() == pytest.approx(.1, rel=1e-4)
     tune = draw_melody([12, 16], 20)
     assert T.flux(tune).argmax() == 20 and T.flux(tune)[0] == 0
 

@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['SKIP', 'TIMBRE', 'NOISE', 'BARS', 'interval_codes', 'chroma', 'cross_correlation', 'best_turn', 'melodies',
            'invariance', 'walks', 'as_cosines', 'retrieval', 'steps', 'nearest_vote', 'interval_knn', 'pitch_and_step',
-           'moved_reconstruction', 'scores', 'passed', 'board']
+           'moved_reconstruction', 'scores', 'passed', 'board', 'align', 'carried', 'tempo_retrieval', 'transposition',
+           'self_similarity', 'turning_similarity', 'walk_lengths', 'segments', 'patterns', 'pattern_notes',
+           'pattern_text', 'pattern_scores']
 
-# %% ../../nbs/65_evaluation.patterns.ipynb #9ac6dc25
-import math
+# %% ../../nbs/65_evaluation.patterns.ipynb #55011f76
+import heapq
 import numpy as np, torch
 from torch.nn import functional as F
 from ..core import make_generator
@@ -193,3 +195,168 @@ def board(models:dict,   # Name -> `GatedAutoencoder`
     rows |= {'frames': scores(lambda x: x, seed=seed), 'chroma': scores(chroma, seed=seed), 'cross-correlation': scores(cross_correlation, seed=seed)}
     turned = {k: retrieval(chroma, seed=seed, alike=best_turn, **kw)['top1'] for k, kw in (('top1', {}), ('top1_timbre', dict(r=TIMBRE)), ('top1_noise', dict(noise=NOISE)))}
     return pd.DataFrame(rows | {'chroma, best turn': turned}).T
+
+# %% ../../nbs/65_evaluation.patterns.ipynb #e6aea64a
+def align(a:torch.Tensor,        # Codes, shape (n, d)
+          b:torch.Tensor,        # Codes of another clip, shape (m, d)
+          subsequence:bool=False, # Let `a` begin and end anywhere in `b`
+         )->tuple:               # Pairs of frames (p, 2), rising; mean cosine distance along them
+    "Dynamic time warping by cosine distance."
+    from librosa.sequence import dtw
+    cost = (1 - F.normalize(a.double(), dim=1) @ F.normalize(b.double(), dim=1).T).clamp(min=0).numpy()
+    path = dtw(C=cost, subseq=subsequence)[1][::-1]
+    return torch.from_numpy(path.copy()), float(cost[path[:, 0], path[:, 1]].mean())
+
+def carried(path:torch.Tensor,    # From `align`
+            frames,               # Frames of the first clip (k,)
+           )->torch.Tensor:       # Where they are in the second, frames with fractions (k,)
+    "Frames carried over to the other clip."
+    own = path[:, 0].unique()
+    there = torch.stack([path[path[:, 0] == i, 1].double().mean() for i in own])
+    return torch.from_numpy(np.interp(np.asarray(frames, float), own.numpy(), there.numpy()))
+
+# %% ../../nbs/65_evaluation.patterns.ipynb #e1955996
+def tempo_retrieval(encode,            # Function: frames -> codes
+                    tempo:float=1.25,  # How much slower the question is
+                    n:int=20,          # Melodies
+                    seed:int=0,        # Of the melodies
+                   )->float:           # Share found first
+    "Find transposed melodies at another tempo by the cost of alignment."
+    notes, keys = walks(n, seed)
+    library = [encode(draw_melody(s, 12))[SKIP:] for s in notes]
+    asked = [encode(draw_melody(s + k, round(12*tempo)))[SKIP:] for s, k in zip(notes, keys)]
+    cost = torch.tensor([[align(a, b)[1] for b in library] for a in asked])
+    return (cost.argmin(1) == torch.arange(n)).float().mean().item()
+
+# %% ../../nbs/65_evaluation.patterns.ipynb #0174bad1
+def transposition(model,               # A `GatedAutoencoder`
+                  a:torch.Tensor,      # Frames of a clip, shape (n, f)
+                  b:torch.Tensor,      # Frames of another, shape (m, f)
+                  reach:int=24,        # Largest transposition to try, bins
+                 )->tuple:             # Bins from `a` up to `b`; the error of every candidate (2 reach + 1,)
+    "By how many bins one clip lies above the other."
+    encode, device = interval_codes(model), next(model.parameters()).device
+    path = align(encode(a), encode(b))[0] if len(a) != len(b) else torch.arange(len(a))[:, None].expand(-1, 2)
+    path = path[(path >= SKIP).all(1)]
+    if not len(path): raise ValueError(f"clips need more than {SKIP} frames each; got {len(a)} and {len(b)}")
+    m, error = model.encode(a.mT[None].to(device))['interval'], []
+    for up in range(-reach, reach + 1):
+        with torch.no_grad(): y = model.decode(m, shift_bins(a, -up).mT[None].to(device))[0].mT.cpu()
+        error.append((y[path[:, 0]] - b[path[:, 1]]).square().sum(-1).mean())
+    error = torch.stack(error)
+    return int(error.argmin()) - reach, error
+
+# %% ../../nbs/65_evaluation.patterns.ipynb #0adfe7c0
+def self_similarity(z:torch.Tensor,  # Codes, shape (n, d)
+                   )->np.ndarray:    # Shape (n + 9, n + 9); 0 is the ordinary likeness
+    "Likeness of all pairs of frames, smoothed along diagonals."
+    from scipy.signal import fftconvolve
+    u = F.normalize(z.double(), dim=1)
+    D = (1 - u @ u.T).clamp(min=0).numpy()
+    S = 1/(np.pad(D, (0, 9), constant_values=D.max()) + 1e-6)
+    i = np.arange(len(S))
+    S[np.abs(i[:, None] - i) <= 8] = 0
+    k = np.arange(10)
+    S = fftconvolve(S, (np.abs(k[:, None] - k) <= 1).astype(float), mode='same')
+    S = (S - S.min())/max(np.ptp(S), 1e-12)
+    return S - np.median(S)
+
+def turning_similarity(c:torch.Tensor,  # Chroma, shape (n, 12)
+                       smooth:int=9,    # Frames of the median filter
+                      )->np.ndarray:    # Shape (n, n), 0 to 1
+    "The baseline: likeness of chroma in the best of twelve rotations."
+    from scipy.ndimage import median_filter
+    c = torch.from_numpy(median_filter(c.double().numpy(), (smooth, 1)))
+    d = torch.stack([torch.cdist(c, c.roll(k, 1)) for k in range(12)]).amin(0)
+    return (1 - d/d.max().clamp(min=1e-12)).numpy()
+
+# %% ../../nbs/65_evaluation.patterns.ipynb #d6f1162f
+def walk_lengths(d:np.ndarray, # Cells of a diagonal, shape (n,)
+                 th:float,     # Threshold
+                )->np.ndarray: # Cells that a walk from each of them passes, shape (n,)
+    "How far walks along a diagonal get."
+    n, i = len(d), np.arange(len(d))
+    x = np.concatenate([d, np.full(10, -np.inf)])
+    length, alive, total = np.zeros(n, int), np.ones(n, bool), np.zeros(n)
+    for m in range(1, 10):                                                       # these steps depend on the start
+        total = total + m*x[m - 1:n + m - 1]
+        alive &= total > th*m*(m + 1)/2
+        length[alive] = m
+    mean = np.full(n + 10, -np.inf)
+    if n >= 10: mean[9:n] = np.convolve(d, np.arange(10, 0, -1)/55, 'valid')     # and these on the end alone
+    fails = np.minimum.accumulate(np.where(mean > th, n + 10, np.arange(n + 10))[::-1])[::-1]
+    return np.where(alive, fails[i + 9] - i, length)
+
+def segments(S:np.ndarray,      # From `self_similarity`
+             least:int,         # Frames of the shortest segment
+             th:float=.0105,    # Threshold; lowered by .001 until there is a segment
+            )->list:            # (first, end, first of the repeat, its end), frames
+    "Repeated stretches, each found once, in order of their beginnings."
+    if least > len(S) - 10: return []
+    while not (found := _greedy(S.copy(), least, th)): th -= .001
+    return found
+
+def _greedy(S, least, th):
+    "Walk from every cell in reading order; clear the band around what is found."
+    n, heap, length, found = len(S), [], {}, []
+    def look(k, after):
+        length[k] = walk_lengths(S.diagonal(k), th)
+        for i in np.flatnonzero(length[k] >= least).tolist():
+            if (i, i + k) > after: heapq.heappush(heap, (i, i + k))
+    for k in range(1, n - least + 1): look(k, (-1, -1))
+    while heap:
+        i, j = heapq.heappop(heap)
+        m = int(length[j - i][i])
+        if m < least: continue
+        found.append((i, i + m, j, j + m))
+        for k in range(j - i - 3, j - i + 4):
+            rows = np.arange(max(i, -k), min(i + m, n - k))
+            S[rows, rows + k] = 0
+            if k in length: look(k, (i, j))
+    return found
+
+# %% ../../nbs/65_evaluation.patterns.ipynb #fd26928d
+def patterns(found:list,     # From `segments`
+             tolerance:int,  # Frames by which beginning and end may differ
+            )->list:         # Patterns: lists of occurrences (first, end), frames
+    "Segments with the same first side, gathered."
+    out, gone = [], set()
+    for a, (s, e, *other) in enumerate(found):
+        if a in gone: continue
+        more = [b for b in range(a + 1, len(found)) if b not in gone and abs(found[b][0] - s) <= tolerance and abs(found[b][1] - e) <= tolerance]
+        gone.update(more)
+        out.append([(s, e), tuple(other), *(tuple(found[b][2:]) for b in more)])
+    return out
+
+def pattern_notes(found:list,         # From `patterns`
+                  notes,              # The score: (onset in beats, MIDI number) each
+                  beats:float,        # Beats of a frame: hop in seconds times tempo / 60
+                  offset:float=0.,    # Beat of the first frame
+                 )->list:             # Patterns: lists of occurrences: lists of (onset, MIDI number)
+    "The notes of every occurrence."
+    out = []
+    for p in found:
+        spans = [(round(s*beats + offset), round(e*beats + offset)) for s, e in p]
+        rows = [[(float(t), int(m)) for t, m in notes if a <= t < z] for a, z in spans]
+        out.append([r for r in rows if r])
+    return [p for p in out if len(p) > 1]
+
+def pattern_text(found:list,  # From `pattern_notes`
+                )->str:       # Text that MIREX and `mir_eval` read
+    "Patterns as a file has them."
+    lines = []
+    for i, p in enumerate(found, 1):
+        lines.append(f'pattern{i}')
+        for j, o in enumerate(p, 1): lines += [f'occurrence{j}', *(f'{t:.5f}, {m:.5f}' for t, m in o)]
+    return '\n'.join(lines) + '\n'*bool(lines)
+
+# %% ../../nbs/65_evaluation.patterns.ipynb #c55aaee5
+def pattern_scores(reference:list, # As from `pattern_notes`
+                   estimate:list,  # As from `pattern_notes`
+                  )->dict:         # 'establishment', 'occurrence .75', 'occurrence .5', 'three-layer', 'standard': (F, precision, recall)
+    "Measures of the discovery of repeated themes and sections."
+    try: from mir_eval import pattern as P
+    except ImportError as e: raise ImportError("measures of patterns need mir_eval: pip install mir_eval") from e
+    return {'establishment': P.establishment_FPR(reference, estimate), 'occurrence .75': P.occurrence_FPR(reference, estimate, thres=.75),
+            'occurrence .5': P.occurrence_FPR(reference, estimate, thres=.5), 'three-layer': P.three_layer_FPR(reference, estimate),
+            'standard': P.standard_FPR(reference, estimate)}

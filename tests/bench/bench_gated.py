@@ -63,7 +63,7 @@ def plain_steps(model, data):
 def our_steps(model, data, device, half=False):
     "The same with this package's parts."
     from disentangle_nb.training.gated import GatedLoss
-    opt, loss_of, kind = torch.optim.Adam(model.parameters(), RATE, fused=True), GatedLoss(ACTIVITY), torch.device(device).type
+    opt, loss_of, kind = torch.optim.Adam(model.parameters(), RATE, fused=True), GatedLoss(ACTIVITY, onset=0.), torch.device(device).type
     for batch in data:
         start = time.perf_counter()
         with torch.autocast(kind, torch.bfloat16, half): out = model(*batch)
