@@ -89,14 +89,14 @@ class Transpose(Callback):
         self.learn.yb = (self.xb[3], *weight)
         self.loss_func.delta = delta
 
-# %% ../../nbs/52e_training.gated.ipynb #5b6daf03
+# %% ../../nbs/52e_training.gated.ipynb #8d4b730e
 RANGES = (0, 16, 31, 46, 61) # borders of |delta|, bins
 
 class GatedLoss(nn.Module):
     "Error relative to the power of what was to be imagined, and the activity of the code."
     def __init__(self,
                  activity:float=4e-5,  # $\lambda_s$ of the published penalty, whose own value is 4e-6
-                 onset:float=0.,       # Extra weight of a frame for each unit of `flux`
+                 onset:float=20.,      # Extra weight of a frame for each unit of `flux`; 0 as published
                  binary:bool=False,    # Frames are 0 or 1: cross-entropy of logits, relative to guessing one half
                 ):
         super().__init__()
@@ -143,7 +143,7 @@ def gated_dls(train,              # Pieces to learn from: frames (n, f), or a li
     dl = one(train, shuffle=True)
     return DataLoaders(dl, one(valid), device=dl.device)
 
-# %% ../../nbs/52e_training.gated.ipynb #77e91082
+# %% ../../nbs/52e_training.gated.ipynb #f36a72cc
 class Project(Callback):
     "Filters back to their length after every step."
     order, run_valid = 30, False
@@ -153,7 +153,7 @@ def gated_learner(dls,                          # From `gated_dls`
                   model:GatedAutoencoder=None,  # Published sizes with `gain=(6, 4)` when None
                   loss:GatedLoss=None,          # Objective; `GatedLoss()` when None
                   keys:Transpose=None,          # How blocks are moved; `Transpose()` when None
-                  lr:float=1e-3,                # Learning rate when `fit` gets none
+                  lr:float=3e-3,                # Learning rate when `fit` gets none (published: 1e-3)
                   cbs=None,                     # More callbacks
                   **kw                          # Passed to `system_learner`: `bf16`, `bars`…
                  )->Learner:
@@ -167,7 +167,7 @@ SCHEDULES = {'cosine': combine_scheds([.02, .98], [SchedCos(.04, 1.), SchedCos(1
 
 def fit_gated(learn,                  # From `gated_learner`
               epochs:int,             # Passes over all blocks
-              lr:float=1e-3,          # Largest learning rate
+              lr:float=3e-3,          # Largest learning rate
               schedule:str='cosine',  # 'cosine' to zero after a short rise, 'one_cycle', or 'constant' as published
              ):
     "Train."
