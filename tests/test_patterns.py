@@ -2,11 +2,10 @@
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
 
 from disentangle_nb.data.frames import contrast, draw_melody
 from disentangle_nb.evaluation import patterns as P
-from disentangle_nb.models.gated import GatedAutoencoder, shift_bins
+from disentangle_nb.models.gated import GatedAutoencoder
 
 constant = lambda x: torch.ones(len(x), 3)
 frames = lambda x: x
