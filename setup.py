@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 ini = ConfigParser(delimiters=['='])
 ini.read('settings.ini', encoding='utf-8')
 cfg = ini['DEFAULT']
-extras = {name: shlex.split(cfg[f'{name}_requirements']) for name in ('soundfont', 'gpus', 'sweep', 'explore', 'voice', 'dev', 'docs')}
+extras = {name: shlex.split(cfg[f'{name}_requirements']) for name in ('soundfont', 'gpus', 'sweep', 'explore', 'voice', 'intervals', 'dev', 'docs')}
 readme = Path('README.md')
 classifiers = ['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research',
                'Natural Language :: English', *(f'Programming Language :: Python :: 3.{minor}' for minor in (10, 11, 12))]

@@ -356,7 +356,7 @@ def pattern_scores(reference:list, # As from `pattern_notes`
                   )->dict:         # 'establishment', 'occurrence .75', 'occurrence .5', 'three-layer', 'standard': (F, precision, recall)
     "Measures of the discovery of repeated themes and sections."
     try: from mir_eval import pattern as P
-    except ImportError as e: raise ImportError("measures of patterns need mir_eval: pip install mir_eval") from e
+    except ImportError as e: raise ImportError("measures of patterns come from mir_eval: pip install 'disentangle_nb[intervals]'") from e
     return {'establishment': P.establishment_FPR(reference, estimate), 'occurrence .75': P.occurrence_FPR(reference, estimate, thres=.75),
             'occurrence .5': P.occurrence_FPR(reference, estimate, thres=.5), 'three-layer': P.three_layer_FPR(reference, estimate),
             'standard': P.standard_FPR(reference, estimate)}

@@ -197,7 +197,7 @@ class Bf16(Callback):
         for m in self.loss_func.modules() if isinstance(self.loss_func, nn.Module) else ():
             if hasattr(m, 'bf16'): m.bf16 = on
     def _leave(self):
-        if getattr(self, 'context', None) is not None: self.context.__exit__(None, None, None)
+        if vars(self).get('context') is not None: self.context.__exit__(None, None, None) # a callback's attributes fall through to the model's
         self.context = None
 
 # %% ../../nbs/51_training.learner.ipynb #ddd12fbc
