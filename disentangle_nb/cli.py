@@ -704,7 +704,7 @@ def _separate(argv):
     system, began = open_run(args.run, args.device), time.time()
     out = Path(args.out or f'out/{Path(args.input).stem}')
     print(f'separating {args.input}', file=sys.stderr, flush=True)
-    with told(SeparationError, AudioError, OSError), tidy_end(): files = separate_file(system, args.input, out, args.block)
+    with told(SeparationError, AudioError, OSError), tidy_end(): files = separate_file(system, args.input, out, args.block, name=args.run)
     print(f"wrote {out}: {' and '.join(f.name for f in files.values())}, in {time.time() - began:.0f} s")
 
 def separate(argv=None)->int: # Exit status
@@ -867,6 +867,7 @@ def _explore(argv):
     if args.notebook and not args.no_browser and importlib.util.find_spec('jupyterlab') is None:
         raise UserError("--notebook needs JupyterLab: pip install 'disentangle_nb[explore]', or leave --notebook out for a page")
     system = open_run(args.run)
+    if hasattr(system.model, 'separate'): raise UserError(f'{args.run} takes songs apart and has no sounds of its own to explore; use disentangle_separate {args.run} SONG.wav')
     if args.notebook:
         with told(OSError): write_json(out, explore_notebook(args.run))
     else:

@@ -227,6 +227,10 @@ def test_other_peoples_files_are_never_replaced(tmp_path):
     with pytest.raises(S.SeparationError, match='holds other files'): S.separate_file(system, tmp_path/'song.wav', tmp_path/'other')
     for _ in range(2): S.separate_file(system, tmp_path/'song.wav', tmp_path/'stems') # its own may be made again
     with pytest.raises(S.SeparationError, match='lies in'): S.separate_file(system, tmp_path/'stems'/'vocals.wav', tmp_path/'stems')
+    shutil.copy(tmp_path/'song.wav', tmp_path/'other'/'song.wav')
+    with pytest.raises(S.SeparationError, match='stems of another song'): S.separate_file(system, tmp_path/'other'/'song.wav', tmp_path/'stems')
+    with pytest.raises(AudioError, match='is a folder'): S.separate_file(system, tmp_path/'set', tmp_path/'new')
+    with pytest.raises(S.SeparationError, match='Transpose'): S.separate(system, torch.zeros(8000, 2))
     assert {p: p.read_bytes() for p in (tmp_path/'set').iterdir()} == before
 
 

@@ -148,7 +148,7 @@ def player_of(band='auto',  # 'auto', 'soundfont', 'plucked', or an SF2 file
 
 # %% ../../nbs/13_data.stems.ipynb #9033cded
 class Song(dict):
-    "Stems by name, `(c, t)` each, and what is known about them."
+    "Stems by name, `(c, t)` each, and what is known about them; `.mixture` is their sum, `.rest` all but the vocals."
     def __init__(self, stems, **known):
         super().__init__(stems)
         self.known = known
@@ -321,7 +321,7 @@ def read_songs(root:str|Path,     # MUSDB18, MUSDB18-HQ, a folder of song folder
     "What songs there are."
     import pandas as pd
     root = Path(root).expanduser()
-    if not root.is_dir(): raise SongError(f"{root}: no such folder; name one that holds songs")
+    if not root.is_dir(): raise SongError(f"{root}: {'is a file' if root.exists() else 'no such folder'}; name a folder that holds songs")
     rows, faults = _find(root, subset)
     if len(faults) > max_bad*(len(rows) + len(faults)):
         raise SongError(f"{len(faults)} of {len(rows) + len(faults)} songs can't be used. " + '; '.join(faults[:3]))
@@ -384,7 +384,7 @@ def mark_valid(table,       # Of `read_songs`
         valid = yaml.safe_load((Path(musdb.__file__).parent/'configs'/'mus.yaml').read_text())['validation_tracks']
     if isinstance(valid, float):
         if not 0 < valid < 1 or len(train) < 2:
-            raise SongError(f"a share between 0 and 1 of two songs or more; got {valid} of {len(train)}")
+            raise SongError(f"{len(train)} song{'s'*(len(train) != 1)} to train on, of which a share of {valid:g} is held out; two songs or more and a share between 0 and 1 are needed")
         k = min(len(train) - 1, max(1, round(valid*len(train))))
         rows = train[stream(seed, 'valid').permutation(len(train))[:k]]
     else:

@@ -189,6 +189,7 @@ def encode(self:Separator,
            x:torch.Tensor, # Frames `(b, h, t)` of a `Waveform`
           )->dict:         # `voice` and `rest`, flat
     "Coefficients of the voice, and those that remain."
+    if isinstance(self.bank, STFTBank): raise ValueError("magnitudes have lost their phases, so there would be no way back from these codes; use separate(system, wav, sr)")
     a = self.bank.encode(unframed(x, self.hop))
     g = self.mask(a)
     return dict(voice=(g*a).flatten(1), rest=((1 - g)*a).flatten(1))

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 from ..audio import AudioError, load_audio, resample
-from ..core import atomic_path, progress, write_json
+from ..core import atomic_path, progress, provenance, read_json, write_json
 from ..models.mask import level_of
 from ..models.system import Disentangler
 from .transfer import _exactly, _no_trace, joined, spans
@@ -65,6 +65,7 @@ def separate(system:Disentangler, # With a separator
     "Voice, and everything else."
     check_separator(system)
     x = torch.as_tensor(wav, dtype=torch.float32).cpu()
+    if x.ndim == 2 and x.shape[0] > x.shape[1]: raise SeparationError(f"a clip is (c, t), channels first; got {tuple(x.shape)}. Transpose it")
     if x.ndim not in (1, 2) or not x.shape[-1]: raise SeparationError(f"a clip is (t,) or (c, t) with samples in it; got {tuple(x.shape)}")
     if not x.isfinite().all(): raise SeparationError("the clip holds NaN or infinite samples; repair it first")
     flat = x.reshape(-1, x.shape[-1])
@@ -100,8 +101,9 @@ def check_folder(out:Path, # Where stems shall be
     if out.is_dir() and (alien := sorted({p.name for p in out.iterdir()} - {*STEMS, LABEL, '.DS_Store', 'Thumbs.db'})):
         raise SeparationError(f"{out} holds other files ({', '.join(alien[:3])}); choose another folder")
     if src.resolve().parent == out.resolve(): raise SeparationError(f"{src} lies in {out}, where its stems would be written; choose another folder")
-    if any((out/k).exists() for k in STEMS) and not (out/LABEL).exists():
-        raise SeparationError(f"{out} holds stems that weren't made by separating (no {LABEL}); choose another folder")
+    if not any((out/k).exists() for k in STEMS): return
+    if not (out/LABEL).exists(): raise SeparationError(f"{out} holds stems that weren't made by separating (no {LABEL}); choose another folder")
+    if (other := read_json(out/LABEL).get('song')) != str(src.resolve()): raise SeparationError(f"{out} holds the stems of another song, {other}; choose another folder")
 
 def write_stems(folder:Path, # Where both files are made
                 take,        # Function of first and last + 1: samples (c, t) of the song
@@ -128,11 +130,14 @@ def separate_file(system:Disentangler, # With a separator
                   out,                 # Folder for `vocals.wav` and `accompaniment.wav`
                   block:float=20.,     # Length of the blocks it is taken in, s
                   overlap:float=1.,    # What neighbouring blocks share, s
+                  name:str='',         # What the system is called, for the label
                  )->dict:              # Name -> file
     "A file's voice and accompaniment: same length, rate and channels."
     import soundfile as sf
     src, out = Path(src), Path(out)
-    check_separator(system), check_folder(out, src)
+    check_separator(system)
+    if src.is_dir(): raise AudioError('is a folder; name a sound file', src)
+    check_folder(out, src)
     with readable(src) as file:
         load_audio(file, duration=.01)
         info = sf.info(str(file))
@@ -140,7 +145,7 @@ def separate_file(system:Disentangler, # With a separator
         take = lambda a, z: load_audio(file, mono=False, offset=a/sr, duration=(z - a)/sr)[0]
         with _no_trace(out.parent), atomic_path(out, dir=True) as aside:
             peak = write_stems(aside, take, voices(system, take, n, sr, block, overlap), sr, info.channels, n)
-            write_json(aside/LABEL, dict(song=src.name, seconds=n/sr, sr=sr, channels=info.channels, peaks=peak, system=system.card.get('settings')))
-    for k in (k for k, v in peak.items() if v > 1):
-        warnings.warn(f"{out/k}: peak {peak[k]:.3f} is beyond full scale; the file keeps it, but a player will clip. Turn both stems down by {20*math.log10(peak[k]):.2f} dB", stacklevel=2)
+            write_json(aside/LABEL, dict(song=str(src.resolve()), system=name, seconds=n/sr, sr=sr, channels=info.channels, peaks=peak, settings=system.card.get('settings'), provenance=provenance(system.device)))
+    k = max(peak, key=peak.get)
+    if peak[k] > 1: warnings.warn(f"{out/k}: peak {peak[k]:.3f} is beyond full scale; the file keeps it, but a player will clip. Turn both stems down by {20*math.log10(peak[k]):.2f} dB", stacklevel=2)
     return {k.removesuffix('.wav'): out/k for k in STEMS}
