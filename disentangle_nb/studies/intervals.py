@@ -180,7 +180,7 @@ def drawn_study(model:GatedAutoencoder, # Trained
     out |= {k: scores(encode, seed=seed) for k, (encode, alike) in who.items() if k not in out and alike is as_cosines}
     return out | {'chroma, best turn': dict(top1=turned(), top1_timbre=turned(r=.55), top1_noise=turned(noise=.02))}
 
-# %% ../../nbs/84_studies.intervals.ipynb #6bef1f3e
+# %% ../../nbs/84_studies.intervals.ipynb #1efb519d
 def opening(score:Score,       # A melody
             beats:float=8.,    # How much of it
            )->Score:
@@ -206,7 +206,7 @@ def questions(card:IntervalsCard, # Settings
         s, k = opening(s), int(stream(0, 'asked', i).choice([*range(-7, 0), *range(1, 8)]))
         own, other = names[i % len(names)], names[(i + 1) % len(names)]
         asked = {'library': (s, own, {}), 'transposed': (moved(s, k), own, {}), 'other instrument': (moved(s, k), other, {}),
-                 'noise': (moved(s, k), own, dict(snr_db=20., seed=i)), 'key change': (moved(s, 3, halfway(s)), own, {})}
+                 'noise': (moved(s, k), own, dict(snr_db=20., seed=i)), 'key change': (moved(moved(s, k), 3, halfway(s)), own, {})}
         for c, (score, who, kw) in asked.items(): out.setdefault(c, []).append(heard(card, score, who, n, **kw))
     return {k: torch.stack(v) for k, v in out.items()}
 
@@ -366,7 +366,7 @@ def run_study(card:IntervalsCard, # Settings
     if out: system.save(Path(out))
     return json.loads(json.dumps(dict(seconds=system.card['seconds'], **evaluate_study(system, data))))
 
-# %% ../../nbs/84_studies.intervals.ipynb #0100d4b2
+# %% ../../nbs/84_studies.intervals.ipynb #021b3a91
 def study_grid(seeds=range(3),         # Seeds
                presets=tuple(PRESETS), # Rows of the study
                profile:str='cpu',      # Size of every run
@@ -396,7 +396,7 @@ def study_frame(runs:list, # As `study_results` gives them
     "Numbers of runs, side by side."
     rows, conditions = [], {'E1': 'transposed', 'E2': 'other instrument', 'E4': 'key change', 'noise': 'noise'}
     for r in runs:
-        got = lambda *path: next(iter([v] if not isinstance(v := _down(r['result'], path), list) else v), math.nan)
+        got = lambda *path: v[0] if isinstance(v := _down(r['result'], path), (list, tuple)) else v
         for code in r['result'].get('retrieval', {}):
             row = {k: got('retrieval', code, c, 'top1') for k, c in conditions.items()} | dict(E3=got('tempo', code), E5=got('steps', code, 'acc'), E5_folded=got('steps', code, 'folded'))
             curve = [*_down(r['result'], ('invariance', code), {}).values()]
