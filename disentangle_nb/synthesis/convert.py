@@ -128,8 +128,8 @@ def _stop(bad, n, max_bad):
 def check_place(out:Path):
     "Refuse a folder that can't be written to."
     near = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
-    if not near.is_dir(): raise ConvertError(f"{near} is a file; codes need a folder")
-    if not os.access(near, os.W_OK): raise ConvertError(f"no permission to write in {near}; choose another folder")
+    if not near.is_dir(): raise ConvertError(f"cannot write to {out}: it or a folder above it is a file; codes need a folder")
+    if not os.access(near, os.W_OK): raise ConvertError(f"cannot write to {out}: no permission; choose another folder")
 
 def convert(system:Disentangler, # With a gated autoencoder
             src,                 # List, folder or paths, as `read_recordings` takes them
