@@ -86,7 +86,7 @@ def test_every_console_script_leads_somewhere():
     config = configparser.ConfigParser()
     config.read(root/'settings.ini')
     scripts = dict(s.split('=') for s in config['DEFAULT']['console_scripts'].split())
-    assert {'disentangle_train', 'disentangle_eval', 'disentangle_transfer', 'disentangle_separate', 'disentangle_explore', 'disentangle_syntone', 'disentangle_demo'} <= set(scripts)
+    assert {'disentangle_train', 'disentangle_eval', 'disentangle_transfer', 'disentangle_separate', 'disentangle_convert', 'disentangle_explore', 'disentangle_syntone', 'disentangle_demo'} <= set(scripts)
     for target in scripts.values():
         module, _, name = target.partition(':')
         assert callable(getattr(importlib.import_module(module), name)), target
@@ -139,7 +139,10 @@ def test_killed_and_interrupted_training_ends_with_the_same_weights(place, capsy
 @pytest.mark.parametrize('args, says', [
     (['symphony'], ["no study 'symphony'", 'gmvae']),
     (['gmvea'], ["did you mean 'gmvae'?"]),
-    (['intervals'], ['planned', 'gmvae', 'voice']),
+    (['interval'], ["did you mean 'intervals'?"]),
+    (['intervals', '--data', 'absent.txt'], ['absent.txt']),
+    (['intervals', '--set', 'reach=500'], ['reach lies from 0 to 119']),
+    (['intervals', '--recipe', 'few_labels'], ['without labels']),
     (['gmvae', '--data', 'orgel'], ['there is no folder orgel']),
     (['gmvae', '--data', 'letters'], ['neither audio files nor a metadata.csv']),
     (['gmvae', '--data', 'organ/Diapason-57.wav'], ['is a file']),

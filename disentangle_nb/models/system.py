@@ -79,7 +79,7 @@ class Disentangler:
             if want != len(names): raise CheckpointError(f"the model has {want} classes of {f}; its vocabulary names {len(names)}")
 
     @property
-    def size(self): return self.model.args['n_frames']
+    def size(self): return self.model.args.get('n_frames') # Frames of a window; None for a model that reads clips whole
     @property
     def device(self): return next(self.model.parameters()).device
 
@@ -143,7 +143,8 @@ def frames(self:Disentangler,
         raise ValueError(f"a clip is a waveform (t,) or (b, t) with samples in it; got shape {tuple(clip.shape)}")
     if not clip.isfinite().all(): raise ValueError("the clip holds NaN or infinite samples; repair the file first")
     clip = clip.to(self.device).reshape(-1, clip.shape[-1])
-    return self.feature.encode(F.pad(clip, (0, max(0, math.ceil((self.size - 1) * self.feature.hop) - clip.shape[1]))))
+    least = math.ceil((self.size - 1) * self.feature.hop) if self.size else 0
+    return self.feature.encode(F.pad(clip, (0, max(0, least - clip.shape[1]))))
 
 @patch
 @torch.no_grad()
@@ -153,6 +154,7 @@ def encode(self:Disentangler,
           )->dict:            # factor -> (b, d) for notes, (b, w, d) for clips of several windows
     "Codes of every factor."
     x = self.frames(clip)
+    if not self.size: return self.model.encode(x)
     starts = windows(x.shape[-1], self.size)
     cut = torch.stack([x[..., s:s + self.size] for s in starts], 1)
     told = {k: v.flatten(0, 1) for k, v in self.told(clip, cut, starts, heard).items()}
@@ -171,6 +173,7 @@ def decode(self:Disentangler,
     missing = [f for f in self.factors if f not in factors]
     if missing: raise ValueError(f"decoding needs {' and '.join(self.factors)}; {', '.join(missing)} missing")
     codes = {f: factors[f].to(self.device) for f in self.factors}
+    if not self.size: return self.feature.decode(self.model.decode(**codes).float(), n_samples=n_samples, **kw)
     w = codes[self.factors[0]].shape[1] if codes[self.factors[0]].ndim == 3 else 1
     least = math.ceil(self.feature.hop * (self.size - 1))
     n = self.feature.shape(n_samples)[1] if n_samples else self.size + (w - 1) * (self.size // 2)
@@ -214,7 +217,7 @@ def sounding(self:Disentangler,
              below:float=50.,   # dB under the loudest window that still count
             )->torch.Tensor:    # Which windows sound, bool (b, w)
     "Windows that are not silence."
-    hop, size = self.feature.hop, self.size
+    hop, size = self.feature.hop, self.size or self.feature.shape(clip.shape[-1])[1]
     starts = windows(max(self.feature.shape(clip.shape[-1])[1], size), size)
     level = torch.stack([clip[:, min(int(s * hop), clip.shape[-1] - 1):int((s + size) * hop)].square().mean(1) for s in starts], 1)
     return level > level.amax(1, keepdim=True) * 10 ** (-below / 10)
