@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['SKIP', 'TIMBRE', 'NOISE', 'BARS', 'interval_codes', 'chroma', 'cross_correlation', 'best_turn', 'melodies',
            'invariance', 'walks', 'as_cosines', 'retrieval', 'steps', 'nearest_vote', 'interval_knn', 'pitch_and_step',
-           'moved_reconstruction', 'scores', 'passed', 'board', 'align', 'carried', 'tempo_retrieval', 'transposition',
-           'self_similarity', 'turning_similarity', 'walk_lengths', 'segments', 'patterns', 'pattern_notes',
-           'pattern_text', 'pattern_scores']
+           'moved_reconstruction', 'scores', 'passed', 'board', 'align', 'carried', 'look_for', 'tempo_retrieval',
+           'transposition', 'self_similarity', 'turning_similarity', 'walk_lengths', 'segments', 'patterns',
+           'pattern_notes', 'pattern_text', 'pattern_scores']
 
 # %% ../../nbs/65_evaluation.patterns.ipynb #55011f76
-import heapq
+import heapq, math
+from bisect import bisect_left
 import numpy as np, torch
 from torch.nn import functional as F
 from ..core import make_generator
@@ -215,6 +216,21 @@ def carried(path:torch.Tensor,    # From `align`
     there = torch.stack([path[path[:, 0] == i, 1].double().mean() for i in own])
     return torch.from_numpy(np.interp(np.asarray(frames, float), own.numpy(), there.numpy()))
 
+# %% ../../nbs/65_evaluation.patterns.ipynb #150a447f
+def look_for(passage:torch.Tensor, # Codes, shape (n, d)
+             piece:torch.Tensor,   # Codes of what it is looked for in, shape (m, d)
+            )->torch.Tensor:       # Cosine where it would begin, shape (m - n + 1,)
+    "How well a passage fits at every frame of a piece."
+    n, m = len(passage), len(piece)
+    if n > m: raise ValueError(f"a passage is no longer than the piece; got {n} and {m} frames")
+    q, z = (passage - passage.mean(0)).double(), piece.double()
+    size = 2**(n + m - 1).bit_length()
+    dots = torch.fft.irfft(torch.fft.rfft(z, size, 0)*torch.fft.rfft(q, size, 0).conj(), size, 0)[:m - n + 1].sum(1)  # q has no mean, so z's doesn't matter
+    total = F.pad(torch.stack([z, z.square()]), (0, 0, 1, 0)).cumsum(1)
+    s, ss = total[:, n:] - total[:, :m - n + 1]
+    power = (ss - s.square()/n).sum(1).clamp(min=0)
+    return (dots/(q.norm()*power.sqrt() + 1e-9)).float()
+
 # %% ../../nbs/65_evaluation.patterns.ipynb #e1955996
 def tempo_retrieval(encode,            # Function: frames -> codes
                     tempo:float=1.25,  # How much slower the question is
@@ -293,8 +309,9 @@ def segments(S:np.ndarray,      # From `self_similarity`
             )->list:            # (first, end, first of the repeat, its end), frames
     "Repeated stretches, each found once, in order of their beginnings."
     if least > len(S) - 10: return []
-    while not (found := _greedy(S.copy(), least, th)): th -= .001
-    return found
+    there = lambda k: any((walk_lengths(S.diagonal(d), th - .001*k) >= least).any() for d in range(1, len(S) - least + 1))
+    lowered = 0 if there(0) else bisect_left(range(math.ceil((th - S.min())/.001) + 1), True, key=there)
+    return _greedy(S.copy(), least, th - .001*lowered)
 
 def _greedy(S, least, th):
     "Walk from every cell in reading order; clear the band around what is found."
