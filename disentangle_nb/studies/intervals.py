@@ -289,7 +289,7 @@ def invariance_study(card:IntervalsCard,     # Settings
             if alike is not as_cosines: continue
             curves = []
             for versions in rows:
-                a, *others = [F.normalize(centred(encode)(x), dim=1) for x in versions]
+                a, *others = [F.normalize(encode(x)[SKIP:], dim=1) for x in versions]
                 rest = (a*a.roll(len(a)//3, 0)).sum(1).mean()
                 curves.append([float((a[:len(b)]*b[:len(a)]).sum(1).mean() - rest) for b in others])
             out.setdefault(code, {})[name] = dict(zip(map(str, up), np.mean(curves, 0).round(4).tolist()))
@@ -356,7 +356,7 @@ def keys_study(card:IntervalsCard,     # Settings
 
 # %% ../../nbs/84_studies.intervals.ipynb #ed6d02d9
 HOP = 1984 # samples between frames in which sections are looked for
-THRESHOLDS = dict(ours=.03, untrained=.03, frames=.0105, chroma=.0105) | {'cross-correlation': .0105, 'chroma, best turn': .15}
+THRESHOLDS = dict(ours=.03, untrained=.03, frames=.004, chroma=.03) | {'cross-correlation': .03, 'chroma, best turn': .03}
 
 def planted(p:Piece,               # From `data.recordings.piece`
             changed:bool=False,    # Only first statements and their transposed repeats
