@@ -168,7 +168,7 @@ def rivals(model:GatedAutoencoder, # Trained
         torch.manual_seed(seed)
         born = GatedAutoencoder(**model.args | dict(gain=(1., 1.))).eval()
     plain = dict(ours=interval_codes(model), untrained=interval_codes(born), frames=lambda x: x, chroma=chroma)
-    plain |= {'cross-correlation': lambda x: cross_correlation(x, model.window), 'rhythm': lambda x: flux(x)[:, None]}
+    plain['cross-correlation'] = lambda x: cross_correlation(x, model.window)
     return {k: (v, as_cosines) for k, v in plain.items()} | {'chroma, best turn': (chroma, best_turn)}
 
 def drawn_study(model:GatedAutoencoder, # Trained
@@ -366,7 +366,7 @@ def keys_study(card:IntervalsCard,     # Settings
 
 # %% ../../nbs/84_studies.intervals.ipynb #ed6d02d9
 HOP = 1984 # samples between frames in which sections are looked for
-THRESHOLDS = dict(ours=.03, untrained=.03, frames=.004, chroma=.03, rhythm=.03) | {'cross-correlation': .03, 'chroma, best turn': .03}
+THRESHOLDS = dict(ours=.03, untrained=.03, frames=.004, chroma=.03) | {'cross-correlation': .03, 'chroma, best turn': .03}
 
 def planted(p:Piece,               # From `data.recordings.piece`
             changed:bool=False,    # Only first statements and their transposed repeats
@@ -449,7 +449,8 @@ def evaluate_study(system:Disentangler, # Trained
     if data is not None:
         judged = data.pieces('test') or data.pieces('dev') or ([] if 'train' in data.splits else data.pieces())
         out |= dict(recordings=len(data), hours=data.hours, heldout=heldout_study(system.model, judged))
-    out |= dict(retrieval=retrieval_study(questions(card), who), steps=steps_study(card, who, 1 if quick else 4))
+    rhythm = dict(rhythm=(lambda x: flux(x)[:, None], as_cosines))  # one number a frame: nothing to align by
+    out |= dict(retrieval=retrieval_study(questions(card), who | rhythm), steps=steps_study(card, who, 1 if quick else 4))
     if quick: return out
     out |= dict(drawn=drawn_study(system.model, everyone=card.drawn and card.rivals), invariance=invariance_study(card, who), tempo=tempo_study(card, who), alignment=alignment_study(card, who), keys=keys_study(card, system.model))
     if importlib.util.find_spec('mir_eval') is None: warnings.warn("repeated sections are left out: they are scored by mir_eval; pip install 'disentangle_nb[intervals]'")
