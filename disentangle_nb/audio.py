@@ -29,6 +29,8 @@ def _regular(path)->int:
     except FileNotFoundError: raise AudioError('no such file', path) from None
     except PermissionError: raise AudioError('no permission to read it', path) from None
     except OSError as e: raise AudioError(f'cannot be opened: {e.strerror}', path) from None
+    except AudioError: raise
+    except ValueError as e: raise AudioError(f'no such file: that is no file name ({e})', path) from None
     if not kind.st_size: raise AudioError('empty file (0 bytes)', path)
     return kind.st_size
 
@@ -323,6 +325,8 @@ def audio_files(src,     # Folder, text file with one path a line (`#` comments)
     if src.is_dir(): return _walk(src)
     if src.suffix.lower() in _suffixes | _unread: return [src]
     _regular(src)
+    with open(src, 'rb') as f:
+        if b'\0' in f.read(2**16): raise AudioError('holds bytes that no text has; a list is text with one path a line', src)
     try: lines = src.read_text(encoding='utf-8-sig').splitlines()
     except UnicodeDecodeError:
         raise AudioError('is neither audio, a folder, nor a list of files in UTF-8', src) from None

@@ -240,8 +240,10 @@ def test_a_killed_run_leaves_nothing_that_looks_whole(tmp_path):
     assert p.stdout.readline() == 'half way\n'
     p.send_signal(signal.SIGKILL); p.wait()
     assert [q for q in (tmp_path/'c').glob('*.npy') if not q.name.startswith('.')] == []
+    (part,) = (tmp_path/'c').iterdir()
+    os.utime(part, (0, 0))
     x = cached_frames(tmp_path/'x.wav', feature, tmp_path/'c')
-    assert len(x) == feature.shape(22050*80)[1]
+    assert len(x) == feature.shape(22050*80)[1] and not part.exists()
 
 
 def test_damaged_features_are_made_again(tmp_path):
@@ -262,6 +264,10 @@ def test_bad_files_are_named_and_left_out_up_to_a_share(tmp_path):
     with (tmp_path/'list.txt').open('a') as f: f.write('\nlost.wav')
     with pytest.raises(RecordingError, match='lost.wav: no such file.*more than the 10%'): frame_set(tmp_path/'list.txt', feature, tmp_path/'c')
     with pytest.raises(AudioError, match='no such file'): cached_frames(tmp_path/'lost.wav', feature, tmp_path/'c')
+    with pytest.raises(RecordingError, match='7 of 7.*4.wav.*; and 2 more. None is left'): frame_set([tmp_path/f'lost/{i}.wav' for i in range(7)], feature, tmp_path/'c', max_bad=1)
+    save_audio(tmp_path/'long.wav', tone(440., 44100), 22050)
+    with pytest.warns(UserWarning, match='0.wav: lasts 50 frames .1.02 s., fewer than 60'): s = frame_set([tmp_path/'0.wav', tmp_path/'long.wav'], feature, tmp_path/'c', max_bad=.5, least=60)
+    assert s.names == ['long'] and len(s.bad) == 1
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

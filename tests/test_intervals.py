@@ -50,7 +50,7 @@ def test_pieces_are_the_whole_at_once(system, tmp_path, gate):
     assert (broken[at:at + 9] - whole[at:at + 9]).abs().max() > 1e-2   # a context that is forgotten at the seam would be seen
 
 
-def test_an_archive_says_when_what_and_of_what(system, tmp_path):
+def test_an_archive_says_when_what_and_of_what(system, tmp_path, monkeypatch):
     save_audio(tmp_path/'a.wav', sound(2), SR)
     n = C.write_codes(system, tmp_path/'a.wav', tmp_path/'a.npz')
     z = C.read_codes(tmp_path/'a.npz')
@@ -59,6 +59,8 @@ def test_an_archive_says_when_what_and_of_what(system, tmp_path):
     assert z['system'] == C.system_key(system) and json.loads(z['card']) == dict(study='intervals')
     other = Disentangler(CQT(), GatedAutoencoder(n_factors=32, n_mapping=(24, 16)), {})
     assert C.system_key(other) != z['system'] != C.system_key(Disentangler(CQT(gate_db=-60.), system.model, {}))
+    (tmp_path/'c.py').write_text(''), monkeypatch.setattr(C.inspect, 'getsourcefile', lambda kind: tmp_path/'c.py')
+    assert C.system_key(system) != z['system'] and z['file'] == str(tmp_path/'a.wav')
     (tmp_path/'b.npz').write_bytes((tmp_path/'a.npz').read_bytes()[:-200])
     with pytest.raises(C.ConvertError, match='holds no codes'): C.read_codes(tmp_path/'b.npz')
     np.savez(tmp_path/'c.npz', features=np.array([dict(a=1)], dtype=object))
@@ -67,7 +69,7 @@ def test_an_archive_says_when_what_and_of_what(system, tmp_path):
 
 def library(at):
     "Files that can be used, some of one name in two folders, and others that can't be."
-    for i, k in enumerate(('mass/01.wav', 'opera/01.wav', 'opera/01.flac', 'opera/sub/02.wav')): save_audio(at/k, sound(1.5, i), SR)
+    for i, k in enumerate(('mass/01.wav', 'opera/01.wav', 'opera/01.flac', 'opera/sub/02.wav')): save_audio(at/k, sound(1 + .5*i, i), SR)
     save_audio(at/'silent.wav', torch.zeros(SR), SR), save_audio(at/'short.wav', sound(.1), SR)
     (at/'empty.wav').write_bytes(b''), (at/'letter.wav').write_text('Dear diary')
     return [at/k for k in ('mass/01.wav', 'opera/01.wav', 'opera/01.flac', 'opera/sub/02.wav')], [at/f'{k}.wav' for k in ('silent', 'short', 'empty', 'letter', 'missing')]
@@ -77,6 +79,7 @@ def test_names_are_mirrored_and_a_second_run_does_what_is_left(system, tmp_path)
     good, _ = library(tmp_path/'in')
     done = C.convert(system, good, tmp_path/'out')
     assert done.name.tolist() == ['mass/01', 'opera/01.wav', 'opera/01.flac', 'opera/sub/02'] and set(done.status) == {'written'}
+    assert done.frames.tolist() == [50, 74, 99, 124] == [len(C.read_codes(o)['features']) for o in done.out]
     for f, o in zip(good, done.out): assert np.allclose(C.read_codes(o)['features'], system.encode(load_audio(f, SR)[0])['interval'][0].mT, atol=1e-4)
     stamps = {o: os.stat(o).st_mtime_ns for o in done.out}
     save_audio(good[0], sound(1.5, 9), SR), Path(done.out[3]).unlink()
@@ -84,6 +87,29 @@ def test_names_are_mirrored_and_a_second_run_does_what_is_left(system, tmp_path)
     assert [os.stat(o).st_mtime_ns == stamps[o] for o in done.out[1:3]] == [True, True]
     other = Disentangler(CQT(gate_db=-60.), system.model, {})
     assert set(C.convert(other, good, tmp_path/'out').status) == {'written'}
+
+
+def test_codes_of_another_recording_are_never_replaced(system, tmp_path):
+    for i, k in enumerate('mn'): save_audio(tmp_path/k/'0.wav', sound(1, i), SR)
+    here = lambda k: C.convert(system, [tmp_path/k/'0.wav'], tmp_path/'out').status.tolist()
+    assert here('m') == ['written']
+    before = (tmp_path/'out'/'0.npz').read_bytes()
+    with pytest.raises(C.ConvertError, match='holds codes of .*m/0.wav'): here('n')
+    assert (tmp_path/'out'/'0.npz').read_bytes() == before
+    os.rename(tmp_path/'m', tmp_path/'moved')
+    assert here('moved') == ['unchanged']
+    z = C.read_codes(tmp_path/'out'/'0.npz')
+    np.savez(tmp_path/'out'/'0.npz', **{k: v for k, v in z.items() if k != 'file'})   # as it was written before it knew its file
+    assert C.read_codes(tmp_path/'out'/'0.npz')['file'] == '' and here('n') == ['written']
+
+
+def test_parts_of_a_killed_conversion_go_with_time(system, tmp_path):
+    save_audio(tmp_path/'a.wav', sound(1), SR)
+    old, young, other = parts = [tmp_path/f'.{k}.part.npz' for k in ('a-00000000', 'a-11111111', 'a-b-00000000')]
+    for p in parts: p.write_bytes(b'half')
+    for p in (old, other): os.utime(p, (0, 0))
+    C.write_codes(system, tmp_path/'a.wav', tmp_path/'a.npz')
+    assert [p.exists() for p in parts] == [False, True, True]
 
 
 def test_a_stopped_conversion_leaves_only_whole_files_and_goes_on(system, tmp_path):
@@ -286,9 +312,9 @@ def test_a_killed_training_goes_on_to_the_same_weights(place):
 def test_convert_from_the_terminal(place, capsys):
     assert cli.convert(['run', 'list.txt', '--out', 'codes']) == 0
     said = capsys.readouterr()
-    assert 'mass/01: 74 frames, written' in said.err and 'wrote codes: 4 files' in said.out
+    assert 'mass/01: 50 frames, written' in said.err and 'wrote codes: 4 files' in said.out
     assert cli.convert(['run', 'list.txt', '--out', 'codes']) == 0 and '0 files, 4 were there' in capsys.readouterr().out
-    assert C.read_codes('codes/mass/01.npz')['features'].shape == (74, 64)
+    assert C.read_codes('codes/mass/01.npz')['features'].shape == (50, 64)
     with pytest.raises(SystemExit): cli.convert(['--help'])
     shown = capsys.readouterr().out
     assert 'default: 0.1' in shown and '(s)' in shown

@@ -1,6 +1,7 @@
 "Lists, folders and layouts of recordings; melodies, performances and pieces: exact truth, splits that share nothing, seeds, bad input."
 import hashlib, inspect, os, subprocess, sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -8,10 +9,10 @@ import pytest
 import torch
 
 from disentangle_nb.audio import load_audio, save_audio
-from disentangle_nb.core import shared_audio
+from disentangle_nb.core import read_json, shared_audio
 from disentangle_nb.data import recordings
 from disentangle_nb.data.recordings import (FORMS, INSTRUMENTS, THEMES, RecordingError, Score, beat_times, fragment, halfway, in_turn, mark_splits, melodies,
-                                            mirrored, moved, ornamented, perform, piece, program_of, read_recordings, read_theme, take, theme, together,
+                                            mirrored, moved, ornamented, perform, piece, program_of, read_recordings, read_theme, take, takes_key, theme, together,
                                             walk, with_noise, write_takes)
 from disentangle_nb.data.soundfont import SoundFont, SoundFontError
 from disentangle_nb.data.voice import MAJOR, MINOR, stream
@@ -51,12 +52,14 @@ def test_a_folder_a_file_and_paths_are_lists_too(tmp_path):
     assert read_recordings(tmp_path).name.tolist() == ['x/1', 'y/1']
     assert read_recordings(tmp_path/'x'/'1.wav').name.tolist() == ['1']
     assert read_recordings([tmp_path/'y'/'1.wav', tmp_path/'x'/'1.wav']).name.tolist() == ['y/1', 'x/1']
+    assert read_recordings([tmp_path/'x'/'1.wav', tmp_path/'y'/'..'/'x'/'1.wav']).name.tolist() == ['1']
 
 
 def test_no_two_names_are_alike(tmp_path):
     f = ['a/1.wav', 'a/1.flac', 'b/1.wav', 'a/1 .wav', 'c/d/1.wav', 'A/1.wav']
     names = mirrored([tmp_path/x for x in f])
-    assert len({n.lower() for n in names if '.' not in n} | {n for n in names if '.' in n}) == len(f) and names[2] == 'b/1' and names[4] == 'c/d/1'
+    assert len({n.lower() for n in names}) == len(f) and names[2] == 'b/1' and names[4] == 'c/d/1'
+    assert mirrored(['m/a.wav', 'm/a.flac', 'm/a.wav.flac']) == ['a.wav', 'a.flac', 'a.wav.flac'] and mirrored(['m/a.wav.flac', 'm/A.wav', 'm/a.wav']) == ['a.wav.flac', 'A.wav', 'a.wav~']
     assert not any(n.startswith(('/', '..')) for n in names)
 
 
@@ -78,9 +81,11 @@ def test_every_bad_file_is_named_with_its_reason(tmp_path):
 
 
 def test_a_list_that_is_none_is_refused(tmp_path):
-    (tmp_path/'nul.txt').write_bytes(b'a.wav\0b.wav'); (tmp_path/'bytes.txt').write_bytes(bytes(range(128, 256)))
+    for name in ('nul.txt', 'nul.bin'): (tmp_path/name).write_bytes(b'a.wav\n'*5000 + b'a.wav\0b.wav')
+    (tmp_path/'late.txt').write_bytes(b'# a\n'*20000 + b'a.wav\0b.wav')
+    (tmp_path/'bytes.txt').write_bytes(bytes(range(128, 256)))
     (tmp_path/'empty.txt').write_text(''); (tmp_path/'comments.txt').write_text('# a\n\n# b'); (tmp_path/'hollow').mkdir()
-    for name, words in {'lost.txt': 'no such file', 'nul.txt': 'no text has', 'bytes.txt': 'neither audio', 'empty.txt': 'empty', 'comments.txt': 'names no recording',
+    for name, words in {'lost.txt': 'no such file', 'nul.txt': 'no text has', 'nul.bin': 'no text has', 'late.txt': 'no such file', 'bytes.txt': 'neither audio', 'empty.txt': 'empty', 'comments.txt': 'names no recording',
                         'hollow': 'names no recording'}.items():
         with pytest.raises(RecordingError, match=f'{name}.*{words}'): read_recordings(tmp_path/name)
 
@@ -269,8 +274,23 @@ def test_takes_go_on_where_they_stopped_and_refuse_another_set(tmp_path, monkeyp
     assert t.split.tolist() == ['train']*4 + ['dev']*2 + ['test']*2 and (t.seconds > 6).all() and t.name[0] == 'train/train-0-0000'
     assert torch.allclose(load_audio(t.file[5])[0], take(1, 'dev', 0, 6., band='plucked').wav, atol=2**-15)
     with pytest.raises(RecordingError, match='other settings'): write_takes(tmp_path/'t', **kw | dict(seconds=7.))
+    before = takes_key(**kw)
+    real, other = recordings.find_spec, tmp_path/'changed.py'
+    other.write_text('')
+    with monkeypatch.context() as m:
+        m.setattr(recordings, 'find_spec', lambda name: SimpleNamespace(origin=other))
+        assert takes_key(**kw) != before == recordings.content_key(read_json(tmp_path/'t'/'takes.json'))
+        with pytest.raises(RecordingError, match='other code'): write_takes(tmp_path/'t', **kw)
     (tmp_path/'file').write_text('')
     with pytest.raises(OSError, match='Choose a place'): write_takes(tmp_path/'file'/'x', **kw)
+
+
+def test_takes_by_another_soundfont_have_another_key(tmp_path):
+    copy = tmp_path/'copy.sf2'
+    copy.write_bytes(font().path.read_bytes() + b'\0'*4)
+    before = takes_key(band=str(font().path)), takes_key(band=str(copy))
+    copy.write_bytes(copy.read_bytes() + b'\0'*4)
+    assert len({*before, takes_key(band=str(copy))}) == 3 and takes_key(band='soundfont') == takes_key(band='auto') == takes_key()
 
 
 # Pieces

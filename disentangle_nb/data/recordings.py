@@ -5,18 +5,20 @@
 # %% auto #0
 __all__ = ['MAPS_PIANO', 'Score', 'THEMES', 'INSTRUMENTS', 'FORMS', 'RecordingError', 'mirrored', 'read_recordings',
            'mark_splits', 'read_theme', 'walk', 'fragment', 'together', 'in_turn', 'moved', 'halfway', 'ornamented',
-           'program_of', 'beat_times', 'Performance', 'perform', 'with_noise', 'theme', 'melodies', 'take',
+           'program_of', 'beat_times', 'Performance', 'perform', 'with_noise', 'theme', 'melodies', 'take', 'takes_key',
            'write_takes', 'Piece', 'piece']
 
 # %% ../../nbs/14_data.recordings.ipynb #8c4c76bd
 import os, re, warnings
-from collections import namedtuple
+from collections import Counter, namedtuple
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from ..audio import AudioError, audio_files, save_audio, scan_audio
-from ..core import progress, read_json, write_json
+from ..core import content_key, progress, read_json, write_json
 from .notes import midi_of
+from .soundfont import find_soundfont
 from .stems import player_of
 from .voice import MAJOR, MINOR, stream
 
@@ -29,9 +31,16 @@ def mirrored(files, # Paths
     "Names that mirror the folders of files."
     full = [Path(os.path.abspath(f)) for f in files]
     root = Path(os.path.commonpath([f.parent for f in full])) if full else None
-    short = [f.relative_to(root).with_suffix('').as_posix() for f in full]
-    folded = [s.lower() for s in short]                                    # some disks know no capitals
-    return [s if folded.count(s.lower()) == 1 else f.relative_to(root).as_posix() for s, f in zip(short, full)]
+    whole, before, seen = [f.relative_to(root).as_posix() for f in full], None, set()
+    names = [f.relative_to(root).with_suffix('').as_posix() for f in full]
+    while names != before:
+        before, often = names, Counter(n.lower() for n in names)
+        names = [n if often[n.lower()] == 1 else w for n, w in zip(names, whole)]
+    for i, n in enumerate(names):
+        while n.lower() in seen: n += '~'
+        names[i] = n
+        seen.add(n.lower())
+    return names
 
 # %% ../../nbs/14_data.recordings.ipynb #e67af5e8
 MAPS_PIANO = re.compile(r'(AkPn|ENSTDk|Sptk|Stbg)[A-Za-z0-9]{2,4}$')
@@ -62,8 +71,6 @@ def _listed(src):
     if isinstance(src, (str, os.PathLike)):
         src = Path(src).expanduser()
         if src.is_dir() and (known := _maestro(src) or _maps(src)): return known
-        if src.is_file() and src.suffix.lower() in ('', '.txt', '.lst', '.list', '.m3u') and b'\0' in src.read_bytes()[:4096]:
-            raise RecordingError(f"{src}: holds bytes that no text has; a list is a text file with one path a line")
     files = audio_files(src)
     return files, ['']*len(files), 'folder' if isinstance(src, Path) and src.is_dir() else 'list'
 
@@ -82,8 +89,11 @@ def read_recordings(src,                   # Folder, list of files, MAESTRO's or
     try: files, splits, layout = _listed(src)
     except AudioError as e: raise RecordingError(f"{e}. Name a folder, or a text file with one path a line") from None
     if not files: raise RecordingError(f"{src}: names no recording; it needs one path a line, or a folder with audio in it")
-    t = pd.DataFrame(dict(name=mirrored(files), file=list(map(str, files)), split=splits, seconds=np.nan, layout=layout))
+    t = pd.DataFrame(dict(file=list(map(str, files)), split=splits, seconds=np.nan, layout=layout))
+    t = t[~t.file.map(os.path.abspath).duplicated()].reset_index(drop=True)
+    t.insert(0, 'name', mirrored(t.file))
     if not check: return t
+    files = [*t.file]
     good, bad = scan_audio(files, max_bad=1.)
     t = t[t.file.isin(set(map(str, good)))].reset_index(drop=True)
     t['seconds'] = _durations(t.file)
@@ -94,10 +104,13 @@ def read_recordings(src,                   # Folder, list of files, MAESTRO's or
     t.attrs['bad'] = why
     return t
 
+def _some(why):
+    "Five files and why they can't be used, and how many more."
+    return '; '.join(f'{f}: {w}' for f, w in [*why.items()][:5]) + (f'; and {len(why) - 5} more' if len(why) > 5 else '')
+
 def _complain(src, why, n, max_bad):
     "Warn about unusable files, or refuse the set."
-    said = f"{src if isinstance(src, (str, os.PathLike)) else 'the list'}: {len(why)} of {n} files can't be used: "
-    said += '; '.join(f'{f}: {w}' for f, w in [*why.items()][:5]) + (f'; and {len(why) - 5} more' if len(why) > 5 else '')
+    said = f"{src if isinstance(src, (str, os.PathLike)) else 'the list'}: {len(why)} of {n} files can't be used: {_some(why)}"
     if len(why) > max_bad*n: raise RecordingError(f"{said}. That is more than the {max_bad:.0%} allowed: mend the list, or raise max_bad")
     warnings.warn(said, stacklevel=3)
 
@@ -346,7 +359,26 @@ def take(number:int,           # Which
     if rng.random() < .5: chosen = [chosen[0]]*3
     return perform(in_turn(*scores, gap=1.), [str(c) for c in chosen], bpm, rubato=float(rng.uniform(0, .1)), seed=int(rng.integers(2**31)), sr=sr, band=band)
 
-def write_takes(folder,               # Where; `train/`, `dev/`, `test/` and one list each are made in it
+def _takes_card(hours, dev, test, seed, seconds, sr, band):
+    "Everything that takes depend on, code and SoundFont included."
+    played = player_of(band)[1]
+    n = dict(train=round(hours*3600/seconds), dev=round(dev*hours*3600/seconds), test=round(test*hours*3600/seconds))
+    made_by = [Path(find_spec(f'disentangle_nb.data.{m}').origin) for m in ('recordings', 'stems', 'soundfont')]
+    if played != 'plucked': made_by.append(find_soundfont(None if played == 'soundfont' else played))
+    return dict(n=n, seed=seed, seconds=seconds, sr=sr, band=played, code=content_key(*made_by), version=1)
+
+def takes_key(hours:float=1.,   # How much to train on
+              dev:float=.1,     # Share of that, in addition, for choosing
+              test:float=.1,    # And for the test
+              seed:int=0,       # Of the set
+              seconds:float=60., # Length of a take, at least
+              sr:int=22050,     # Rate, Hz
+              band='auto',      # Who plays, see `perform`
+             )->str:            # Sixteen hexadecimal digits
+    "A digest of everything that a set of takes depends on."
+    return content_key(_takes_card(hours, dev, test, seed, seconds, sr, band))
+
+def write_takes(folder,               # Where; `train/`, `dev/`, `test/` and a card are made in it
                 hours:float=1.,       # How much to train on
                 dev:float=.1,         # Share of that, in addition, for choosing
                 test:float=.1,        # And for the test
@@ -356,13 +388,11 @@ def write_takes(folder,               # Where; `train/`, `dev/`, `test/` and one
                 band='auto',          # Who plays, see `perform`
                )->pd.DataFrame:       # As `read_recordings` returns it, splits included
     "Hours of melodies as files; goes on where it was interrupted."
-    folder, (_, played) = Path(folder).expanduser(), player_of(band)
-    n = dict(train=round(hours*3600/seconds), dev=round(dev*hours*3600/seconds), test=round(test*hours*3600/seconds))
-    card = dict(n=n, seed=seed, seconds=seconds, sr=sr, band=played, version=1)
+    folder, card = Path(folder).expanduser(), _takes_card(hours, dev, test, seed, seconds, sr, band)
     if (folder/'takes.json').is_file() and (there := read_json(folder/'takes.json')) != card:
-        raise RecordingError(f"{folder} holds takes made with other settings ({there}); choose another folder")
+        raise RecordingError(f"{folder} holds takes made with other settings, other code or another SoundFont ({there}); choose another folder")
     write_json(folder/'takes.json', card)
-    rows = [(s, i, folder/s/f'{s}-{seed}-{i:04d}.flac') for s, k in n.items() for i in range(k)]
+    rows = [(s, i, folder/s/f'{s}-{seed}-{i:04d}.flac') for s, k in card['n'].items() for i in range(k)]
     for s, i, f in progress(rows, desc='takes'):
         if not f.is_file(): save_audio(f, take(i, s, seed, seconds, sr, band).wav, sr)
     files = [f for *_, f in rows]

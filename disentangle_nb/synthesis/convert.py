@@ -7,13 +7,14 @@ __all__ = ['ConvertError', 'check_intervals', 'blocks', 'codes_of', 'system_key'
            'unchanged', 'look_through', 'check_place', 'convert', 'in_key', 'sung_on']
 
 # %% ../../nbs/70b_synthesis.convert.ipynb #d4d9ef71
-import json, os, warnings, zipfile
+import inspect, json, os, warnings, zipfile
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from ..audio import AudioError, load_audio, stream_audio
 from ..core import atomic_path, content_key, progress
 from ..data.frames import contrast
-from ..data.recordings import RecordingError, read_recordings
+from ..data.recordings import RecordingError, _some, read_recordings
+from ..features.blocks import drop_parts
 from ..features.cqt import frame_levels, unit_frames
 from ..models.gated import shift_bins
 from ..models.system import Disentangler
@@ -53,7 +54,8 @@ def codes_of(system:Disentangler, # With a gated autoencoder
 # %% ../../nbs/70b_synthesis.convert.ipynb #8b70c1af
 def system_key(system:Disentangler)->str: # Sixteen hexadecimal digits
     "A digest of what decides the codes."
-    return content_key(system.feature.args, system.model.args, {k: v for k, v in system.state().items()})
+    made_by = [Path(inspect.getsourcefile(type(m))) for m in (system.feature, system.model)]
+    return content_key(system.feature.args, system.model.args, {k: v for k, v in system.state().items()}, made_by)
 
 def frames_of(system:Disentangler, # With a gated autoencoder
               file,                # Recording
@@ -81,7 +83,8 @@ def write_codes(system:Disentangler, # With a gated autoencoder
                )->int:               # Frames
     "A recording's codes as a file, whole or not at all."
     n, d = frames_of(system, file), len(system.model.W1)
-    text = dict(system=key or system_key(system), source=content_key(Path(file)), card=json.dumps(system.card, sort_keys=True))
+    text = dict(system=key or system_key(system), source=content_key(Path(file)), file=os.path.abspath(file), card=json.dumps(system.card, sort_keys=True))
+    drop_parts(out)
     with atomic_path(out) as aside, zipfile.ZipFile(aside, 'w') as z:
         for k, v in text.items(): _put(z, k, (), [np.array(v)], f'<U{max(1, len(v))}')
         _put(z, 'times', (n,), [np.arange(n)*system.feature.hop/system.sr], np.float64)
@@ -90,10 +93,12 @@ def write_codes(system:Disentangler, # With a gated autoencoder
     return n
 
 def read_codes(path, # Written by `write_codes`
-              )->dict: # 'features' (n, d), 'times' (n,) in s, 'valid' (n,), and the texts 'system', 'source', 'card'
+              )->dict: # 'features' (n, d), 'times' (n,) in s, 'valid' (n,), and the texts 'system', 'source', 'card', 'file' ('' in old archives)
     "Codes from a file; nothing in it can run."
     try:
-        with np.load(path, allow_pickle=False) as f: return {k: str(f[k]) if f[k].ndim == 0 else f[k] for k in ('system', 'source', 'card', 'times', 'valid', 'features')}
+        with np.load(path, allow_pickle=False) as f:
+            text = {k: str(f[k]) for k in ('system', 'source', 'card')} | dict(file=str(f['file']) if 'file' in f else '')
+            return text | {k: f[k] for k in ('times', 'valid', 'features')}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e: raise ConvertError(f"{path} holds no codes ({type(e).__name__})") from None
 
 # %% ../../nbs/70b_synthesis.convert.ipynb #356d4a31
@@ -105,14 +110,16 @@ def unchanged(path,         # Where codes would be written
     if not Path(path).exists(): return False
     try: old = read_codes(path)
     except ConvertError: raise ConvertError(f"{path} is there and holds no codes of this program; remove it, or choose another folder") from None
-    return old['system'] == key and old['source'] == content_key(Path(file))
+    same = old['source'] == content_key(Path(file))
+    if not same and old['file'] not in ('', os.path.abspath(file)): raise ConvertError(f"{path} holds codes of {old['file']}; choose another folder for those of {file}")
+    return same and old['system'] == key
 
 def look_through(system:Disentangler, # With a gated autoencoder
                  src,                 # List, folder or paths, as `read_recordings` takes them
                  max_bad:float=.1,    # Share of unusable recordings, 0 to 1, that is left out; more is an error
                 ):                    # One row a recording: name, file, frames; and {file: why} for the rest
     "What of a list can be converted, by its headers."
-    table, bad, frames = read_recordings(src, check=False).drop_duplicates('file').reset_index(drop=True), {}, {}
+    table, bad, frames = read_recordings(src, check=False), {}, {}
     for r in progress(table.itertuples(), total=len(table), desc='looking'):
         try: frames[r.file] = frames_of(system, r.file)
         except AudioError as e: bad[r.file] = e.reason
@@ -122,8 +129,7 @@ def look_through(system:Disentangler, # With a gated autoencoder
 def _stop(bad, n, max_bad):
     "An error where more is unusable than was allowed."
     if len(bad) <= max_bad*n: return
-    said = '; '.join(f'{f}: {w}' for f, w in [*bad.items()][:5]) + (f'; and {len(bad) - 5} more' if len(bad) > 5 else '')
-    raise RecordingError(f"{len(bad)} of {n} recordings can't be used, more than the {max_bad:.0%} allowed: {said}. Mend the list, or raise the share")
+    raise RecordingError(f"{len(bad)} of {n} recordings can't be used, more than the {max_bad:.0%} allowed: {_some(bad)}. Mend the list, or raise the share")
 
 def check_place(out:Path):
     "Refuse a folder that can't be written to."
