@@ -250,7 +250,7 @@ def test_few_files_leave_the_last_part_for_validation_and_say_so(tmp_path):
     data = study.study_data(card)
     with pytest.warns(UserWarning, match='last tenth'): train, valid = study.divided(card, data)
     assert len(train) == len(valid) == 2 and all(len(a) + len(b) == len(x) for a, b, x in zip(train, valid, data.pieces('train')))
-    with pytest.raises(RecordingError, match='as long as a block.*Set size'): study.study_data(card.replace(size=4000))
+    with pytest.raises(RecordingError, match='fewer than 4009.*set size lower'): study.study_data(card.replace(size=4000))
 
 
 def test_aims_say_missed_when_one_seed_misses():

@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np, pandas as pd, torch
 from torch.nn import functional as F
 from ..core import CardError, RunCard, cache_dir, pick_device, provenance, read_json, repo_root, seed_everything, write_json
-from ..data.recordings import INSTRUMENTS, Piece, RecordingError, Score, halfway, mark_splits, melodies, moved, perform, piece, read_recordings, write_takes
+from ..data.recordings import INSTRUMENTS, Piece, RecordingError, Score, halfway, mark_splits, melodies, moved, perform, piece, read_recordings, takes_key, write_takes
 from ..data.stems import player_of
 from ..data.voice import stream
 from ..evaluation.patterns import (SKIP, align, as_cosines, best_turn, carried, chroma, cross_correlation, interval_codes, nearest_vote, passed,
@@ -110,14 +110,13 @@ def model_of(card:IntervalsCard)->GatedAutoencoder: # At birth
 def study_data(card:IntervalsCard)->FrameSet: # Splits 'train', 'dev' and 'test'
     "The recordings of a card, divided, as frames."
     if card.data == 'takes':
-        folder = cache_dir('takes')/f'{card.hours:g}h-{card.take_seconds:g}s-{card.held:g}-{card.tested:g}-{card.sr}-{player_of(card.band)[1]}'
-        table = write_takes(folder, card.hours, card.held, card.tested, 0, card.take_seconds, card.sr, card.band)
+        how = (card.hours, card.held, card.tested, 0, card.take_seconds, card.sr, card.band)
+        table = write_takes(cache_dir('takes')/takes_key(*how), *how)
     else: table = mark_splits(read_recordings(card.data, check=False), card.held, card.tested)
-    data = frame_set(table, feature_of(card), max_bad=card.max_bad)
-    train = data.pieces('train')
-    short = sum(len(x) < card.context + card.size for x in train)
-    if short == len(train): raise RecordingError(f"no recording to train on is as long as a block: the longest has {max(map(len, train), default=0)} frames of {card.hop/card.sr*1000:.0f} ms, a block with its past {card.context + card.size}. Set size lower, or give longer recordings")
-    if short: warnings.warn(f"{short} of {len(train)} recordings are shorter than a block of {card.context + card.size} frames and teach nothing")
+    least = card.context + card.size
+    try: data = frame_set(table, feature_of(card), max_bad=card.max_bad, least=least)
+    except RecordingError as e: raise RecordingError(f'{e}; or set size lower: a block with its past has {least} frames' if 'fewer than' in str(e) else str(e)) from None
+    if not data.pieces('train'): raise RecordingError('no recording is left to train on')
     return data
 
 def divided(card:IntervalsCard, # Settings
