@@ -61,6 +61,8 @@ class _Defaults(argparse.HelpFormatter):
     def _get_help_string(self, action):
         told = action.default is None or isinstance(action.default, (bool, list)) or not action.option_strings or action.dest == 'help'
         return action.help if told else f'{action.help} (default: %(default)s)'
+    def _split_lines(self, text, width): # A line break stays one
+        return [line for part in text.splitlines() for line in super(_Defaults, self)._split_lines(part, width)]
 
 class Parser(argparse.ArgumentParser):
     "A parser that says what is wrong in one line, and shows defaults."
@@ -269,7 +271,7 @@ def progress_lines(folder,           # Where `log.csv` goes
 # %% ../nbs/90_cli.ipynb #5f9b5c3f
 class NoteDesk:
     "Commands of the study of pitch and timbre."
-    about = 'pitch and timbre in two Gaussian mixtures'
+    about, rows = 'pitch and timbre in two Gaussian mixtures', None
     measure, board, data = staticmethod(measure), staticmethod(board), staticmethod(lambda card: load_notes(card))
     epochs, about_card = staticmethod(lambda card: card.epochs), staticmethod(lambda card: '')
 
@@ -296,6 +298,7 @@ class NoteDesk:
 class ToneDesk:
     "Commands of the study of sounds with known causes."
     about = 'tones with known causes, and objectives that look for them'
+    rows = 'method', 'vae', 'vae annealed factor tc dip1 dip2 hf ada'
 
     def module(self):
         from disentangle_nb.studies import syntone
@@ -365,6 +368,7 @@ class ToneDesk:
 class MoveDesk:
     "Commands of the study of any instrument to any other."
     about = 'any instrument to any other, three numbers a slice'
+    rows = 'preset', 'move_multi', 'vae vae_film unit unit_film move_pair move_star move_star_pair move_multi'
 
     def module(self):
         from disentangle_nb.studies import move
@@ -374,7 +378,7 @@ class MoveDesk:
         study = self.module()
         if args.recipe != 'ours': raise UserError(f'--recipe {args.recipe}: move has rungs instead, e.g. --set preset=move_pair; there is {", ".join(study.PRESETS)}')
         if look: read_notes(None if args.data in (None, 'orchestra') else args.data)
-        preset = next((s.partition('=')[2] for s in args.set if s.startswith('preset=')), 'move_multi')
+        preset = next((s.partition('=')[2] for s in args.set if s.startswith('preset=')), self.rows[1])
         data = {} if args.data in (None, 'orchestra') else dict(data=str(Path(args.data).expanduser().absolute()), instruments=())
         with told(CardError, ValueError): return study.check_card(study.move_card(preset, args.profile, seed=args.seed, **data).override(args.set))
 
@@ -420,6 +424,7 @@ class MoveDesk:
 class VoiceDesk:
     "Commands of the study of voices."
     about = 'a voice out of the mix: a learnt representation, and separators on it'
+    rows = 'preset', 'separator', 'tv linear cosine cosine_linear sinc conv plain low sinkhorn sinkhorn_small sinkhorn_large pairs separator stft random scratch'
 
     def module(self):
         from disentangle_nb.studies import voice
@@ -435,7 +440,7 @@ class VoiceDesk:
         study, path = self.module(), args.data if args.data not in (None, 'songs') else None
         if args.recipe == 'few_labels': raise UserError('--recipe few_labels: voice is trained without labels; there is ours and faithful')
         if look and path: self.table(path)
-        preset = next((s.partition('=')[2] for s in args.set if s.startswith('preset=')), 'separator')
+        preset = next((s.partition('=')[2] for s in args.set if s.startswith('preset=')), self.rows[1])
         changes = dict(seed=args.seed, faithful=args.recipe == 'faithful') | ({} if path is None else dict(data=str(Path(path).expanduser().absolute())))
         with self.faults(): return study.check_card(study.voice_card(preset, args.profile, **changes).override(args.set))
 
@@ -466,19 +471,22 @@ class VoiceDesk:
             if args.data == 'songs': return card.replace(data='songs'), study.study_data(card.replace(data='songs'))
             return card.replace(data=str(Path(args.data).expanduser().absolute())), study.SongData(self.table(args.data), card.sr)
 
-    def measure(self, system, data, quick=False):
-        with self.faults(): return self.module().evaluate_study(system, data)
+    def extras(self, system, learn): return dict(more=self.module().extras(system, learn)) # What only the Learner still has
+    def measure(self, system, data, quick=False, more=None):
+        with self.faults(): return self.module().evaluate_study(system, data, more)
 
     def board(self, result):
-        row = lambda name, *v: f'  {name:<50}' + ''.join(f'{x:>12.2f}' for x in v)
+        row = lambda name, *v: f'  {name:<50}' + ''.join(f'{x:>13.2f}' for x in v)
+        head = lambda title, systems: f'{title:<52}' + ''.join(f"{dict(ours='here').get(s, s):>13}" for s in systems)
         lines, rep, sep = [], result.get('representation'), result.get('separation')
         if rep:
             names = dict(voice='voice comes back (SI-SDR, dB)', mixture='mixture comes back (dB)', masked='masked by the sources (dB)', additivity='additivity error', wdo='W-disjoint orthogonality')
-            lines += [f"{'Medians over loud seconds':<52}{'here':>12}{'untrained':>12}{'STFT':>12}", *(row(t, *(rep[s][m]['median'] for s in ('ours', 'untrained', 'STFT'))) for m, t in names.items())]
+            systems = [s for s in ('ours', 'embedded', 'untrained', 'STFT') if s in rep]
+            lines += [head('Medians over loud seconds', systems), *(row(t, *(rep[s][m]['median'] for s in systems)) for m, t in names.items())]
         for title, d in (('Separated, medians over songs', sep), ('The same on real recordings', result.get('recordings'))):
             if not d: continue
             systems = [s for s in ('ours', 'mixture', 'oracle', 'STFT oracle') if s in d]
-            lines += [f'{title:<52}' + ''.join(f'{s:>12}' for s in systems)]
+            lines.append(head(title, systems))
             lines += [row(f'{m} (dB)', *(d[s][m]['median'] for s in systems)) for m in ('vocals SI-SDR', 'vocals SI-SDR gain', 'vocals SDR', 'accompaniment SDR') if all(m in d[s] for s in systems)]
         return '\n'.join(lines + [f"parameters: {result['parameters']:,}; {result['songs']} songs"])
 
@@ -486,6 +494,7 @@ class VoiceDesk:
 class IntervalsDesk:
     "Commands of the study of steps between notes."
     about = 'steps between notes, the same in every key'
+    rows = 'preset', 'ours', 'ours published still even each circular octave one_cycle large_blocks'
 
     def module(self):
         from disentangle_nb.studies import intervals
@@ -500,7 +509,7 @@ class IntervalsDesk:
     def card(self, args, look=False):
         study, path = self.module(), args.data if args.data not in (None, 'takes') else None
         if args.recipe == 'few_labels': raise UserError('--recipe few_labels: intervals are learnt without labels; there is ours and faithful')
-        preset = next((s.partition('=')[2] for s in args.set if s.startswith('preset=')), 'published' if args.recipe == 'faithful' else 'ours')
+        preset = next((s.partition('=')[2] for s in args.set if s.startswith('preset=')), 'published' if args.recipe == 'faithful' else self.rows[1])
         changes = dict(seed=args.seed) | ({} if path is None else dict(data=str(Path(path).expanduser().absolute())))
         with self.faults():
             if look and path: study.read_recordings(path, check=False)
@@ -532,7 +541,7 @@ class IntervalsDesk:
         told = dict(E1='E1 transposed', E2='E2 and another instrument', E3='E3 and another tempo', E4='E4 key change half way', noise='transposed, noise at 20 dB', E5='E5 steps (25 classes)',
                     E5_folded='E5 octaves folded', E6_7='E6 gap at 7 semitones', E8_0='E8 onsets (ms)', E8_5='E8 in another key (ms)', top1='drawn: transposed', knn='drawn: steps', gap='drawn: gap')
         row = lambda name, v: f'  {name:<30}' + ''.join(f"{'' if math.isnan(x) else f'{x:.2f}':>19}" for x in v)
-        lines = [f"{'Share found, unless said':<32}" + ''.join(f'{n:>19}' for n in names), *(row(t, frame.loc[k, names].astype(float)) for k, t in told.items() if frame.loc[k].notna().any())]
+        lines = [f"{'Share found, unless said':<32}" + ''.join(f"{dict(ours='here').get(n, n):>19}" for n in names), *(row(t, frame.loc[k, names].astype(float)) for k, t in told.items() if frame.loc[k].notna().any())]
         h = result.get('heldout')
         if h: lines.append(f"Frames of held-out recordings in four keys: error {', '.join(f'{v:.2f}' for v in h['recon'].values())} of their power; gap {h['gap']:.2f}")
         return '\n'.join(lines + [f"parameters: {result['parameters']:,}"])
@@ -563,7 +572,8 @@ def train_parser()->Parser:
     add('--device', default='auto', help='auto, cpu, cuda, cuda:1 or mps')
     add('--resume', action='store_true', help='go on with an unfinished run in --out, from its last checkpoint')
     add('--every', type=float, default=60., metavar='SECONDS', help='time between checkpoints, in seconds; 0 writes one each epoch')
-    add('--set', action='append', metavar='KEY=VALUE', default=[], help='change one setting of the card, e.g. epochs=40 or weights.recon=2; repeatable')
+    rows = ['{}: {}={}; {} if not given'.format(k, d.rows[0], ', '.join(d.rows[2].split()), d.rows[1]) for k, d in STUDIES.items() if d.rows]
+    add('--set', action='append', metavar='KEY=VALUE', default=[], help='\n'.join(['change one setting of the card, e.g. epochs=40 or weights.recon=2; repeatable. A row of a study is a setting too:', *rows]))
     return p
 
 def read_notes(path): # Their table; None without a path
@@ -617,20 +627,21 @@ def _begin(out, args, card):
                                         provenance=provenance()))
 
 def _fit(card, args, device, data, out):
-    "Train with checkpoints; returns the system."
+    "Train with checkpoints; returns the system, and what its desk keeps of the Learner for `measure`."
     from disentangle_nb.training.learner import TrainingDiverged
     from disentangle_nb.training.resume import Checkpoint
     keep = dict(seconds=args.every) if args.every else dict(every=1)
     desk = STUDIES[args.study]
     with told(TrainingDiverged, OSError), desk.faults() if hasattr(desk, 'faults') else contextlib.nullcontext():
-        return desk.module().train_study(card, device, data, [Checkpoint(out/'checkpoints', resume=args.resume, run=card.to_dict(), **keep), progress_lines(out)])[0]
+        system, _, learn = desk.module().train_study(card, device, data, [Checkpoint(out/'checkpoints', resume=args.resume, run=card.to_dict(), **keep), progress_lines(out)])
+    return system, desk.extras(system, learn) if hasattr(desk, 'extras') else {}
 
-def _finish(system, data, args, card, out):
+def _finish(system, more, data, args, card, out):
     "Save, measure, clean up, report."
     settle(system, out)
     print('measuring what it learnt', file=sys.stderr)
     desk = STUDIES[args.study]
-    numbers = desk.measure(system, data, args.profile == 'quick')
+    numbers = desk.measure(system, data, args.profile == 'quick', **more)
     with told(OSError): write_json(out/'result.json', dict(card=card.to_dict(), run=system.card, **numbers))
     shutil.rmtree(out/'checkpoints', ignore_errors=True)
     print(desk.board(numbers), f'wrote {out}: the system, result.json, log.csv', sep='\n')
@@ -650,7 +661,7 @@ def _train(argv):
     data = desk.data(card)
     print(f"training {args.study} ({args.recipe}, {args.profile}, seed {args.seed}) on {device}: {desk.about_card(card)}{desk.about_data(data)}, {desk.epochs(card)} epochs", file=sys.stderr, flush=True)
     _begin(out, args, card)
-    _finish(_fit(card, args, device, data, out), data, args, card, out)
+    _finish(*_fit(card, args, device, data, out), data, args, card, out)
 
 def train(argv=None)->int: # Exit status
     "`disentangle_train`: train a study's system."

@@ -92,13 +92,27 @@ def test_every_console_script_leads_somewhere():
         assert callable(getattr(importlib.import_module(module), name)), target
 
 
-@pytest.mark.parametrize('command, words', [('train', ('--set KEY=VALUE', 'hour on two cores', 'default: cpu', 'metadata.csv', 'in seconds')), ('evaluate', ('RUN', '--json FILE')),
+@pytest.mark.parametrize('command, words', [('train', ('--set KEY=VALUE', 'preset=tv, linear', 'move_multi if not given', 'method=vae', 'hour on two cores', 'default: cpu', 'metadata.csv', 'in seconds')), ('evaluate', ('RUN', '--json FILE')),
                                             ('transfer', ('semitones', 'from 0 to 1', 'default: 1.0', 'same|length')), ('explore', ('explore.html', 'JupyterLab')), ('separate', ('accompaniment.wav', 'default: 20.0', 'in seconds', 'ffmpeg')), ('demo', ('default: out/demo',))])
 def test_help_states_units_and_defaults(capsys, command, words):
     with pytest.raises(SystemExit) as e: getattr(cli, command)(['--help'])
     text = ' '.join(capsys.readouterr().out.split())
     assert e.value.code == 0 and 'default: None' not in text
     assert all(any(v in text for v in w.split('|')) for w in words)
+
+
+@pytest.mark.parametrize('name', [k for k, d in cli.STUDIES.items() if d.rows])
+def test_help_lists_the_rows_that_a_study_has(name):
+    (key, usual, rows), study = cli.STUDIES[name].rows, cli.STUDIES[name].module()
+    assert rows.split() == [*(study.PRESETS if key == 'preset' else study.METHODS)]
+    args = cli.train_parser().parse_args([name])
+    assert getattr(cli.STUDIES[name].card(args), key) == usual
+
+
+def test_help_imports_no_study():
+    code = "import sys, contextlib; from disentangle_nb import cli\nwith contextlib.suppress(SystemExit): cli.train(['--help'])\nprint([m for m in sys.modules if m.startswith('disentangle_nb.studies')])"
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=root)
+    assert done.stdout.splitlines()[-1] == '[]', done.stderr
 
 
 def test_a_run_holds_what_it_should(place):

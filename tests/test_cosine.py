@@ -197,14 +197,29 @@ def test_gradients_survive_bfloat16():
 def test_sinc_filters_keep_their_edges():
     torch.manual_seed(0)
     enc = SincEncoder(800, 2048)
-    assert len(enc.f2.unique()) > 790 and 350 < (enc.f2 < enc.f1).sum() < 450
+    assert len(enc.f2.unique()) == 800 and 350 < (enc.f2 < enc.f1).sum() < 450
     w = enc.kernels().detach()
+    assert len(w.unique(dim=0)) == 800
+    with torch.no_grad(): enc.f2[5] += .01
+    moved = (enc.kernels().detach() != w).any(1)
+    assert moved.nonzero().flatten().tolist() == [5]                        # an edge is one filter's, and no other's
+    with torch.no_grad(): enc.f2[5] -= .01
     shared = SincEncoder(800, 2048, faithful=True)
     shared.load_state_dict(enc.state_dict())
     assert w.isfinite().all() and (w - shared.kernels()).abs().amax(1).gt(1e-4).float().mean() > .9
     with torch.no_grad(): enc.f1[0] = 0.
     enc.kernels().square().sum().backward()
     assert all(p.grad.isfinite().all() for p in (enc.f1, enc.f2, enc.g))
+
+
+def test_sinc_passes_what_lies_between_its_edges():
+    torch.manual_seed(0)
+    enc = SincEncoder(800, 2048)
+    with torch.no_grad(): enc.f2.copy_(enc.f1 + .02*(1 + torch.rand(800)))   # wide enough for a kernel of 2048 samples to show
+    i = enc.f2 < .497                                                       # no edge past the Nyquist frequency, where it would be another's alias
+    f1, f2 = enc.f1.detach()[i, None], enc.f2.detach()[i, None]
+    bins, gain = torch.linspace(0, .5, 4097), torch.fft.rfft(enc.kernels().detach()[i], 8192).abs()
+    assert gain[(bins > f1 + .002) & (bins < f2 - .002)].min() > .8 and gain[(bins < f1 - .003) | (bins > f2 + .003)].max() < .3
 
 
 def test_sinc_is_the_formula():

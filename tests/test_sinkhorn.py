@@ -59,12 +59,36 @@ def test_unrolled_and_implicit_agree_in_batches_and_rectangles():
     assert torch.autograd.gradcheck(lambda m: sinkhorn_plan(m, .5, 1e-13), M.requires_grad_())
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('within', [False, True])
+@pytest.mark.parametrize('r, cost', [(.2, .00669), (1., .26894), (5., .45017)])
+def test_two_points_by_hand(r, cost, within, dtype):
+    M = torch.tensor([[0., 1.], [1., 0.]], dtype=dtype)
+    P = sinkhorn_plan(M, r, within=within)
+    assert abs((P*M).sum().item() - math.exp(-1/r)/(1 + math.exp(-1/r))) < 1e-6 and round((P*M).sum().item(), 5) == cost
+    assert (P.sum(0) - .5).abs().max() < 1e-6 and (P.sum(1) - .5).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize('seed', [0, 1])
 @pytest.mark.parametrize('n', [5, 6, 7, 8])
-def test_small_strength_is_the_assignment(n):
-    C = torch.rand(n, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
-    cost = (sinkhorn_plan(C, .005*C.max().item(), 1e-4, 20_000)*C).sum().item()
+def test_from_the_assignment_to_the_mean_of_all_costs(n, seed):
+    C = torch.rand(n, n, generator=torch.Generator().manual_seed(10*n + seed), dtype=torch.float64)
     rows, cols = linear_sum_assignment(C.numpy())
-    assert abs(cost - C[rows, cols].mean()) < 2e-3 and math.isclose(exact_cost(C), C[rows, cols].mean(), rel_tol=1e-12)
+    exact = C[rows, cols].mean().item()
+    assert math.isclose(exact_cost(C), exact, rel_tol=1e-12)
+    costs = [(sinkhorn_plan(C, k*C.max().item(), 1e-4, 20_000)*C).sum().item() for k in (.005, .02, .1, .5, 2., 10., 1000.)]
+    assert abs(costs[0] - exact) < 2e-3
+    assert all(a < b for a, b in zip(costs, costs[1:])) and abs(costs[-1]/C.mean().item() - 1) < 1e-3
+
+
+@pytest.mark.parametrize('within', [False, True])
+@pytest.mark.parametrize('reg', [.3, 1.3, 5.])
+def test_marginals_within_a_thousand_iterations(reg, within):
+    M = frame_costs(frame_distributions(sparse())).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        P = sinkhorn_plan(M, reg, within=within, max_iter=999)
+    for side in (0, 1): assert (P.sum(side) - 1/len(M)).abs().max() < 1e-5
 
 
 def test_plan_and_divergence_against_pot():

@@ -449,6 +449,8 @@ def test_train_eval_and_separate_from_the_terminal(tmp_path, monkeypatch, capsys
     assert {p.name for p in Path('run').iterdir()} == {'card.json', 'weights.safetensors', 'run.json', 'result.json', 'log.csv', 'log-mask.csv', 'log-tune.csv'}
     told = capsys.readouterr()
     assert 'Separated' in told.out and 'tune epoch 2/2' in told.err and 'parameters' in told.out
+    heads = [line.split('  ') for line in told.out.splitlines() if line.startswith(('Medians', 'Separated'))]
+    assert [[w.strip() for w in h if w][1:] for h in heads] == [['here', 'untrained', 'STFT'], ['here', 'mixture', 'oracle', 'STFT oracle']]
     for s in range(2):
         song = make_song(50 + s, 2., 11025, channels=2, band='plucked')
         save_audio(f'stems/song {s}/vocals.wav', song['vocals'], 11025); save_audio(f'stems/song {s}/accompaniment.wav', song.rest, 11025)
@@ -463,6 +465,16 @@ def test_train_eval_and_separate_from_the_terminal(tmp_path, monkeypatch, capsys
     for args in (['run', 'none.wav'], ['run', 'song.wav', '--out', 'stems'], ['run', 'song.wav', '--block', '1'], ['notes-small', 'song.wav'], ['nowhere', 'song.wav']):
         assert cli.separate(args) == 2 and capsys.readouterr().err.count('error:') == 1
     assert sorted(tmp_path.rglob('*')) == before
+
+
+def test_pairs_from_the_terminal_are_examined_as_by_the_study(tmp_path, monkeypatch, capsys):
+    from disentangle_nb import cli
+    monkeypatch.chdir(tmp_path)
+    assert cli.train(['voice', '--profile', 'quick', '--out', 'run', *SET, '--set', 'preset=pairs']) == 0, capsys.readouterr().err
+    heard = json.loads(Path('run/result.json').read_text())['representation']
+    expected = study.run_study(study.voice_card('pairs', 'quick', **TINY), 'cpu')['representation']
+    assert set(heard) == {'ours', 'embedded', 'untrained', 'STFT', 'mixture'} and heard['embedded'] == expected['embedded'] != heard['ours']
+    assert 'here     embedded    untrained' in capsys.readouterr().out
 
 
 def broken(at):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 import numpy as np, pandas as pd, torch
 from ..audio import load_audio, save_audio
-from ..core import CardError, atomic_path, make_generator, RunCard, pick_device, provenance, read_json, repo_root, seed_everything, shared_audio, write_json
+from ..core import CardError, atomic_path, make_generator, RunCard, pick_device, provenance, seed_everything, shared_audio
 from ..data.batches import NoteData, note_data, part
 from ..data.notes import folder_table, orchestra_table, read_table
 from ..evaluation.distributions import carried, neighbours, note_interval, transfer_ratio, two_sample
@@ -34,6 +34,7 @@ from ..plot import panels
 from ..synthesis.paths import decoder_of, energy, jumps, line, optimised, paced
 from ..synthesis.transfer import transfer
 from ..training.move import move_dls, move_learner
+from ..training.sweep import pack_runs, shipped_file, shipped_runs
 
 # %% ../../nbs/82_studies.move.ipynb #62bf0af4
 @dataclass(frozen=True)
@@ -606,17 +607,13 @@ def pack_study(runs,      # Dicts with 'card' and 'result', as files of a sweep 
                out=None,  # Folder; the one that ships when None
               )->Path:    # The file
     "Put runs into one file."
-    file = Path(out or repo_root()/'data'/'results'/'move')/f'{name}.json'
-    order = sorted(runs, key=lambda r: (list(PRESETS).index(r['card']['preset']), r['card']['seed']))
-    write_json(file, dict(runs=[{k: r[k] for k in ('card', 'result', 'provenance') if k in r} for r in order]))
-    return file
+    return pack_runs(runs, shipped_file('move', name, out), lambda c: (list(PRESETS).index(c['preset']), c['seed']))
 
 def study_results(name:str='ladder', # Of the set
                   folder=None,       # Where results lie; those that ship when None
                  )->list:            # Dicts with 'card' and 'result'
     "Recorded runs; an empty list where there are none."
-    file = Path(folder or repo_root()/'data'/'results'/'move')/f'{name}.json'
-    return read_json(file)['runs'] if file.exists() else []
+    return shipped_runs(shipped_file('move', name, folder))
 
 TOLD = dict(rmse='recon/rmse', lsd='recon/lsd', ratio='transfer/ratio', called='transfer/called', before='transfer/before', real='transfer/real', told='transfer/told',
             moves='descriptors/centroid_moves', tune='pitch/moved/class', octave='pitch/moved/exact', heard='pitch/rebuilt/lsd', went='pitch/moved/lsd',

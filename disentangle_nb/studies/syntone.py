@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 import numpy as np, torch
-from ..core import RunCard, atomic_path, make_generator, pick_device, provenance, read_json, repo_root, seed_everything, write_json
+from ..core import RunCard, atomic_path, make_generator, pick_device, provenance, read_json, seed_everything, write_json
 from ..data.syntone import FactorWorld, Tones
 from ..features.tonemel import LevelMel, MaxMel, world_features
 from ..losses.tc import AdaLoss, AnnealedLoss, BetaTCLoss, DIPLoss, FactorLoss, HFLoss, VAELoss
 from ..models.system import Disentangler
 from ..models.vae import Discriminator, SmallVAE, ToneVAE
+from ..training.sweep import shipped_file, shipped_runs
 
 # %% ../../nbs/81_studies.syntone.ipynb #58985f00
 SR = 16000  # Hz
@@ -462,7 +463,7 @@ def pack_study(folder, # Of a sweep
     if not runs: raise FileNotFoundError(f"no finished run in {folder}; sweep(run_study, study_grid(), folder) makes them")
     slim = [{k: r[k] for k in ('card', 'result')} for r in runs]
     if all('codes' in r['result'] for r in slim): slim = with_udr(slim)
-    file = Path(out or repo_root()/'data'/'results'/'syntone')/f'{name}.json'
+    file = shipped_file('syntone', name, out)
     made = [r['provenance'] for r in runs if r.get('provenance')]
     same = lambda p: {k: v for k, v in p.items() if k != 'date'}
     write_json(file, dict(provenance=[p for i, p in enumerate(made) if same(p) not in map(same, made[:i])], runs=slim))
@@ -472,5 +473,4 @@ def study_results(name:str,     # Such as 'sweep', 'reference' or 'orchestra'
                   folder=None,  # Where results lie; those that ship if not given
                  )->list:       # Dicts with 'card' and 'result'
     "Recorded runs; an empty list where there are none."
-    file = Path(folder or repo_root()/'data'/'results'/'syntone')/f'{name}.json'
-    return read_json(file)['runs'] if file.exists() else []
+    return shipped_runs(shipped_file('syntone', name, folder))

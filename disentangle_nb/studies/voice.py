@@ -7,9 +7,9 @@ __all__ = ['PRESETS', 'SMALL', 'BIG', 'profiles', 'special', 'TOLD', 'AIMS', 'PU
            'bank_args', 'separator_of', 'SongData', 'study_table', 'first_cut', 'study_data', 'study_epochs',
            'study_loss', 'staged', 'study_learner', 'mask_stage', 'train_study', 'as_system', 'told', 'segment_table',
            'penalty_study', 'carrier_study', 'profile_of', 'read_pitch', 'pitch_study', 'separation_table',
-           'separation_study', 'recordings_study', 'evaluate_study', 'run_study', 'Embedded', 'show_gradients',
-           'study_figures', 'study_sounds', 'study_grid', 'pack_study', 'study_results', 'recorded_segments',
-           'study_frame', 'aims_table', 'three_columns']
+           'separation_study', 'recordings_study', 'evaluate_study', 'run_study', 'Embedded', 'extras',
+           'show_gradients', 'needed', 'figure_claims', 'study_figures', 'study_sounds', 'study_grid', 'pack_study',
+           'study_results', 'recorded_segments', 'study_frame', 'aims_table', 'three_columns']
 
 # %% ../../nbs/83_studies.voice.ipynb #ce2fbfd6
 import json, math, time
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 import numpy as np, pandas as pd, torch
 from ..audio import save_audio
-from ..core import CardError, RunCard, atomic_path, cache_dir, pick_device, provenance, read_json, repo_root, seed_everything, shared_audio, write_json
+from ..core import CardError, RunCard, atomic_path, cache_dir, pick_device, provenance, seed_everything, shared_audio
 from ..data.stems import LOUD_DB, SongError, load_f0, load_song, mark_valid, player_of, read_songs, song_segments, write_songs
 from ..evaluation.separation import METRICS, STFTCodec, informed, segment_study, show_scores, song_study, stft_oracle, summary
 from ..features.waveform import Waveform
@@ -29,6 +29,7 @@ from ..models.mask import Separator, random_basis
 from ..models.system import Disentangler
 from ..plot import panels, show_spec
 from ..synthesis.separate import separate
+from ..training.sweep import pack_runs, shipped_file, shipped_runs
 from ..training.voice import MaskLoss, PairLoss, VoiceLoss, mask_dls, mask_learner, voice_dls, voice_learner
 
 # %% ../../nbs/83_studies.voice.ipynb #7009a25c
@@ -399,9 +400,7 @@ def run_study(card:VoiceCard, # Settings
             found['frozen'] = separation_study(as_system(card, learn.model.cpu()), data.songs(data.judged(card.part)))
     system, data, learn = train_study(card, device, data, cbs, watch)
     if out: system.save(Path(out))
-    judge = getattr(learn.loss_func, 'judge', None)
-    more = {} if judge is None else dict(embedded=Embedded(system.model, judge.embedder.cpu().eval()))
-    return json.loads(json.dumps(dict(seconds=system.card['seconds'], **evaluate_study(system, data, more), **found)))
+    return json.loads(json.dumps(dict(seconds=system.card['seconds'], **evaluate_study(system, data, extras(system, learn)), **found)))
 
 # %% ../../nbs/83_studies.voice.ipynb #9af9381b
 class Embedded:
@@ -412,7 +411,14 @@ class Embedded:
         return torch.nn.functional.glu(self.embedder.conv(a), 1).add(a).relu() # before the norm, which takes levels away
     def decode(self, a, n): return self.bank.decode(a, n)
 
-# %% ../../nbs/83_studies.voice.ipynb #940f29e8
+def extras(system:Disentangler, # Trained
+           learn,               # The Learner that trained it
+          )->dict:              # Name -> representation, for `evaluate_study`
+    "What else a run examines: of `pairs`, the representation as its discriminator hears it."
+    judge = getattr(learn.loss_func, 'judge', None)
+    return {} if judge is None else dict(embedded=Embedded(system.model, judge.embedder.cpu().eval()))
+
+# %% ../../nbs/83_studies.voice.ipynb #baff12b5
 def show_gradients(bank,               # A representation
                    loss:VoiceLoss,     # Its objective
                    batch,              # Noisy voices, mixtures, voices `(b, n)`
@@ -430,6 +436,29 @@ def show_gradients(bank,               # A representation
     ax.set(yscale='log', ylabel='gradient over weight')
     return ax
 
+# %% ../../nbs/83_studies.voice.ipynb #dfce0fb4
+@torch.no_grad()
+def needed(a:torch.Tensor,    # Coefficients `(c, t)`
+           share:float=.9,    # Of the energy
+          )->float:           # Share of the coefficients, the largest, that have it
+    "How few coefficients a sound needs."
+    held = a.double().square().flatten().sort(descending=True).values.cumsum(0)
+    return ((held < share*held[-1]).sum().item() + 1)/len(held)
+
+def figure_claims(bank:CosineAutoencoder, # The representation
+                  table,                  # From `segment_table`
+                 )->dict:                 # Figure -> its title
+    "What the figures of a run say, in its own numbers."
+    axis, mid = carrier_study(bank), table[np.isfinite(table.value)].groupby(['metric', 'system']).value.median()
+    moved = f"Above the lowest quarter, carriers moved by {axis['moved'][1]:.1%}" if 'moved' in axis else 'Free kernels, sorted by their peaks'
+    two = lambda m, fmt, other='STFT': (format(mid[m, s], fmt) for s in ('ours', other))
+    return dict(carriers=moved, basis=f"A kernel has {axis['share']:.0%} of its energy near its carrier",
+                voice='A voice comes back at {} dB, at birth at {}'.format(*two('voice', '.0f', 'untrained')),
+                masked='A mask that knows the sources gets {} dB; on an STFT, {}'.format(*two('masked', '.1f')),
+                additivity='The sum of both is missed by {}; by an STFT, {}'.format(*two('additivity', '.0%')),
+                wdo='Voice and rest keep apart by {}; in an STFT, by {}'.format(*two('wdo', '.0%')))
+
+# %% ../../nbs/83_studies.voice.ipynb #940f29e8
 def study_figures(system:Disentangler, # Trained
                   data:SongData,       # Songs
                   folder,              # Where PNG files go
@@ -446,14 +475,16 @@ def study_figures(system:Disentangler, # Trained
         with atomic_path(Path(folder)/f'{name}.png') as tmp: fig.savefig(tmp, format='png', dpi=80)
         files.append(Path(folder)/f'{name}.png'); plt.close(fig)
     others = {f'theta^{p}, at birth': random_basis(bank.args | dict(power=p, decoder='cosine')) for p in (1, 2)}
-    keep('carriers', show_carriers({'trained': bank, **others})), keep('basis', show_basis(bank))
-    for m in ('voice', 'masked', 'additivity', 'wdo'): keep(m, show_scores(table, m))
+    claims, near = figure_claims(bank, table), carrier_share(bank)[bank.order()]
+    keep('carriers', show_carriers({'trained': bank, **others}, claims['carriers'])), keep('basis', show_basis(bank, claims['basis']))
+    for m in ('voice', 'masked', 'additivity', 'wdo'): keep(m, show_scores(table, m, title=claims[m]))
     if hasattr(bank.decoder, 'theta'):
-        for i in range(0, card.components, max(5, card.components//24)): keep(f'kernel-{i:03d}', show_kernels(bank, [i]))
+        for i in range(0, card.components, max(5, card.components//24)): keep(f'kernel-{i:03d}', show_kernels(bank, [i], f'{near[i]:.0%} of the energy near the carrier'))
     n, stft = min(len(voice), 3*card.sr), STFTCodec(card.kernel, card.hop)
     for name, x in dict(voice=voice, mixture=voice + rest).items():
-        keep(f'representation-{name}', show_components(bank, bank.encode(x[None, :n])[0].detach(), vmax=1.))
-        keep(f'stft-{name}', show_spec(stft.encode(x[None, :n])[0].abs(), card.sr, card.hop, unit='magnitude'))
+        a, s = bank.encode(x[None, :n])[0].detach(), stft.encode(x[None, :n])[0].abs()
+        keep(f'representation-{name}', show_components(bank, a, f'{needed(a):.1%} of the coefficients hold 90% of the {name}', vmax=1.))
+        keep(f'stft-{name}', show_spec(s, card.sr, card.hop, title=f'{needed(s):.1%} of an STFT hold 90% of the {name}', unit='magnitude'))
     return files
 
 def study_sounds(system:Disentangler, # Trained
@@ -483,16 +514,13 @@ def pack_study(runs,      # Dicts with 'card' and 'result', as files of a sweep 
                out=None,  # Folder; the one that ships when None
               )->Path:    # The file
     "Put runs into one file."
-    file = Path(out or repo_root()/'data'/'results'/'voice')/f'{name}.json'
-    order = sorted(runs, key=lambda r: (list(PRESETS).index(r['card']['preset']), r['card']['seed']))
-    return write_json(file, dict(runs=[{k: r[k] for k in ('card', 'result', 'provenance') if k in r} for r in order]))
+    return pack_runs(runs, shipped_file('voice', name, out), lambda c: (list(PRESETS).index(c['preset']), c['seed']))
 
 def study_results(name:str='songs', # Of the set
                   folder=None,      # Where results lie; those that ship when None
                  )->list:           # Dicts with 'card' and 'result'
     "Recorded runs; an empty list where there are none."
-    file = Path(folder or repo_root()/'data'/'results'/'voice')/f'{name}.json'
-    return read_json(file)['runs'] if file.exists() else []
+    return shipped_runs(shipped_file('voice', name, folder))
 
 _median = lambda system, metric: f'representation/{system}/{metric}/median'
 _gain = lambda where: f'{where}/ours/vocals SI-SDR gain/median'

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['grid', 'result_path', 'SweepError', 'maker', 'read_file', 'read_result', 'limit_threads', 'failure_path', 'run_card',
-           'share_cores', 'run_some', 'run_all', 'sweep', 'read_results']
+           'share_cores', 'run_some', 'run_all', 'sweep', 'read_results', 'shipped_file', 'pack_runs', 'shipped_runs']
 
 # %% ../../nbs/53_training.sweep.ipynb #18f6eecc
 import concurrent.futures, contextlib, itertools, json, os, re, secrets, time, traceback, warnings
@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 import joblib, torch
 from threadpoolctl import threadpool_limits
-from ..core import CardError, RunCard, content_key, progress, provenance, read_json, write_json
+from ..core import CardError, RunCard, content_key, progress, provenance, read_json, repo_root, write_json
 
 # %% ../../nbs/53_training.sweep.ipynb #7c0595e2
 def grid(card:RunCard, # What all cards have in common
@@ -278,3 +278,24 @@ def read_results(folder,     # Folder of a sweep
     with contextlib.suppress(TypeError):
         if cards is None and vary: table = table.sort_values(vary, ignore_index=True)
     return table[[c for c in table if c != 'seconds'] + ['seconds']] if rows else table
+
+# %% ../../nbs/53_training.sweep.ipynb #f539a563
+def shipped_file(study:str,   # Folder within `data/results`, such as 'move'
+                 name:str,    # Of the set of runs
+                 folder=None, # Where results lie; those that ship when None
+                )->Path:      # The file, there or not
+    "Where a set of recorded runs lies."
+    return Path(folder or repo_root()/'data'/'results'/study)/f'{name}.json'
+
+def pack_runs(runs,  # Dicts with 'card' and 'result', as files of a sweep hold them
+              file,  # JSON file to write
+              order, # Function of a card's settings, a dict; runs are sorted by its values
+             )->Path: # The file
+    "Put runs into one file."
+    runs = sorted(runs, key=lambda r: order(r['card']))
+    return write_json(file, dict(runs=[{k: r[k] for k in ('card', 'result', 'provenance') if k in r} for r in runs]))
+
+def shipped_runs(file,    # As `pack_runs` wrote it
+                )->list:  # Dicts with 'card' and 'result'
+    "Recorded runs; an empty list where there are none."
+    return read_json(file)['runs'] if Path(file).exists() else []
