@@ -95,10 +95,12 @@ def find_run(out)->dict|None: # What its `run.json` says; None for a folder that
 def claim(out,           # Folder of the run
           settings:dict, # Of the run that wants it
           resume:bool,   # Go on with what is there
+          study:str=None, # Of the run that wants it
          )->str:         # 'new', 'unfinished' or 'finished'
     "Decide what may happen in a folder."
     run = find_run(out)
     if run is None: return 'new'
+    if study and run.get('study') not in (None, study): raise UserError(f"{out} holds a run of the study {run['study']}; choose another --out")
     done = (Path(out)/'result.json').exists()
     if not resume and done: raise UserError(f'{out} holds a finished run; choose another --out, or remove it to train again')
     if not resume: raise UserError(f'{out} holds an unfinished run; add --resume to go on with it, or choose another --out')
@@ -535,11 +537,17 @@ class IntervalsDesk:
     def measure(self, system, data, quick=False):
         with self.faults(): return self.module().evaluate_study(system, data, quick)
 
+    def figures(self, system, data, folder):
+        from disentangle_nb.evaluation.looks import interval_figures
+        with self.faults(): interval_figures(system, None, folder)
+
     def board(self, result):
-        names = ['ours', 'untrained', 'frames', 'chroma', 'chroma, best turn', 'cross-correlation']
+        names = ['ours', 'untrained', 'rhythm', 'frames', 'chroma', 'chroma, best turn', 'cross-correlation']
         frame = self.module().study_frame([dict(card=dict(preset='', seed=0), result=result)]).set_index('code').T
+        names = [n for n in names if n in frame]
         told = dict(E1='E1 transposed', E2='E2 and another instrument', E3='E3 and another tempo', E4='E4 key change half way', noise='transposed, noise at 20 dB', E5='E5 steps (25 classes)',
-                    E5_folded='E5 octaves folded', E6_7='E6 gap at 7 semitones', E8_0='E8 onsets (ms)', E8_5='E8 in another key (ms)', top1='drawn: transposed', knn='drawn: steps', gap='drawn: gap')
+                    E5_folded='E5 octaves folded', E6_7='E6 gap at 7, worst instrument', **{'E7_three-layer': 'E7 sections (F)'}, E7_recall='E7 transposed (recall)',
+                    E8_0='E8 onsets (ms)', E8_5='E8 in another key (ms)', key='transposition told', top1='drawn: transposed', knn='drawn: steps', gap='drawn: gap')
         row = lambda name, v: f'  {name:<30}' + ''.join(f"{'' if math.isnan(x) else f'{x:.2f}':>19}" for x in v)
         lines = [f"{'Share found, unless said':<32}" + ''.join(f"{dict(ours='here').get(n, n):>19}" for n in names), *(row(t, frame.loc[k, names].astype(float)) for k, t in told.items() if frame.loc[k].notna().any())]
         h = result.get('heldout')
@@ -657,7 +665,7 @@ def _train(argv):
     out = Path(args.out or f'out/{args.study}-{args.profile}-{args.seed}')
     find_run(out)
     card = desk.card(args, look=True)
-    if claim(out, card.to_dict(), args.resume) == 'finished': return print(f'{out} is finished; nothing is left to do')
+    if claim(out, card.to_dict(), args.resume, args.study) == 'finished': return print(f'{out} is finished; nothing is left to do')
     data = desk.data(card)
     print(f"training {args.study} ({args.recipe}, {args.profile}, seed {args.seed}) on {device}: {desk.about_card(card)}{desk.about_data(data)}, {desk.epochs(card)} epochs", file=sys.stderr, flush=True)
     _begin(out, args, card)
@@ -683,7 +691,7 @@ def eval_parser()->Parser:
     p.add_argument('--data', metavar='PATH', help='other notes than those it was trained on; see disentangle_train --help')
     p.add_argument('--known-only', action='store_true', help='leave out notes of instruments or pitches the system does not know')
     p.add_argument('--json', metavar='FILE', help='write all numbers here')
-    p.add_argument('--figures', metavar='DIR', help='write the pictures of the study here, PNG and GIF (syntone, voice)')
+    p.add_argument('--figures', metavar='DIR', help='write the pictures of the study here, PNG and GIF (syntone, voice, intervals)')
     p.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:1 or mps')
     return p
 
@@ -799,6 +807,7 @@ def _convert(argv):
         check_intervals(system)
         print(f'converting {args.list}', file=sys.stderr, flush=True)
         done = convert_list(system, args.list, out, args.max_bad, say)
+    if not len(done): raise UserError(f'{args.list}: none of its recordings could be converted')
     n, left = int((done.status == 'written').sum()), len(done.attrs['bad'])
     print(f"wrote {out}: {n} files, {len(done) - n} were there, {left} recordings left out, {done.frames.sum()*system.feature.hop/system.sr/60:.1f} minutes of music in {time.time() - began:.0f} s")
 

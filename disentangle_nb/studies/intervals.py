@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 import numpy as np, pandas as pd, torch
 from torch.nn import functional as F
-from ..core import CardError, RunCard, cache_dir, pick_device, provenance, read_json, repo_root, seed_everything, write_json
+from ..core import CardError, RunCard, cache_dir, pick_device, provenance, seed_everything
 from ..data.recordings import INSTRUMENTS, Piece, RecordingError, Score, halfway, mark_splits, melodies, moved, perform, piece, read_recordings, takes_key, write_takes
 from ..data.stems import player_of
 from ..data.voice import stream
@@ -29,6 +29,7 @@ from ..features.cqt import CQT
 from ..models.gated import GatedAutoencoder, shift_bins
 from ..models.system import Disentangler
 from ..training.gated import GatedLoss, Transpose, fit_gated, flux, gated_dls, gated_learner
+from ..training.sweep import pack_runs, shipped_file, shipped_runs
 
 # %% ../../nbs/84_studies.intervals.ipynb #314a251a
 OLD = dict(size=1024, bs=10)
@@ -479,16 +480,13 @@ def pack_study(runs,      # Dicts with 'card' and 'result', as files of a sweep 
                out=None,  # Folder; the one that ships when None
               )->Path:    # The file
     "Put runs into one file."
-    file = Path(out or repo_root()/'data'/'results'/'intervals')/f'{name}.json'
-    order = sorted(runs, key=lambda r: (list(PRESETS).index(r['card']['preset']), r['card']['seed']))
-    return write_json(file, dict(runs=[{k: r[k] for k in ('card', 'result', 'provenance') if k in r} for r in order]))
+    return pack_runs(runs, shipped_file('intervals', name, out), lambda c: (list(PRESETS).index(c['preset']), c['seed']))
 
 def study_results(name:str='takes', # Of the set
                   folder=None,      # Where results lie; those that ship when None
                  )->list:           # Dicts with 'card' and 'result'
     "Recorded runs; an empty list where there are none."
-    file = Path(folder or repo_root()/'data'/'results'/'intervals')/f'{name}.json'
-    return read_json(file)['runs'] if file.exists() else []
+    return shipped_runs(shipped_file('intervals', name, folder))
 
 def study_frame(runs:list, # As `study_results` gives them
                )->pd.DataFrame: # One row a run and code: 'preset', 'seed', 'code', and the numbers
