@@ -535,6 +535,7 @@ class IntervalsDesk:
             return card.replace(data=str(Path(args.data).expanduser().absolute())), data
 
     def measure(self, system, data, quick=False):
+        quick = quick or system.card['settings']['melodies'] <= self.module().profiles['quick']['melodies']
         with self.faults(): return self.module().evaluate_study(system, data, quick)
 
     def figures(self, system, data, folder):
@@ -691,7 +692,7 @@ def eval_parser()->Parser:
     p.add_argument('--data', metavar='PATH', help='other notes than those it was trained on; see disentangle_train --help')
     p.add_argument('--known-only', action='store_true', help='leave out notes of instruments or pitches the system does not know')
     p.add_argument('--json', metavar='FILE', help='write all numbers here')
-    p.add_argument('--figures', metavar='DIR', help='write the pictures of the study here, PNG and GIF (syntone, voice, intervals)')
+    p.add_argument('--figures', metavar='DIR', help='write the pictures of the study here, PNG and GIF (syntone, voice; intervals: of a planted piece)')
     p.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:1 or mps')
     return p
 

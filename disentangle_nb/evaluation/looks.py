@@ -10,7 +10,7 @@ __all__ = ['STEPS', 'at_birth', 'oscillations', 'tonality', 'quarters', 'filter_
 
 # %% ../../nbs/65a_evaluation.looks.ipynb #65a00003
 from pathlib import Path
-import numpy as np, pandas as pd, torch
+import numpy as np, torch
 from torch.nn import functional as F
 from ..core import atomic_path
 from ..data.recordings import INSTRUMENTS, Piece, Score, perform, piece

@@ -204,6 +204,7 @@ def align(a:torch.Tensor,        # Codes, shape (n, d)
          )->tuple:               # Pairs of frames (p, 2), rising; mean cosine distance along them
     "Dynamic time warping by cosine distance."
     from librosa.sequence import dtw
+    a, b = torch.as_tensor(a), torch.as_tensor(b)
     cost = (1 - F.normalize(a.double(), dim=1) @ F.normalize(b.double(), dim=1).T).clamp(min=0).numpy()
     path = dtw(C=cost, subseq=subsequence)[1][::-1]
     return torch.from_numpy(path.copy()), float(cost[path[:, 0], path[:, 1]].mean())
@@ -221,6 +222,7 @@ def look_for(passage:torch.Tensor, # Codes, shape (n, d)
              piece:torch.Tensor,   # Codes of what it is looked for in, shape (m, d)
             )->torch.Tensor:       # Cosine where it would begin, shape (m - n + 1,)
     "How well a passage fits at every frame of a piece."
+    passage, piece = torch.as_tensor(passage), torch.as_tensor(piece)
     n, m = len(passage), len(piece)
     if n > m: raise ValueError(f"a passage is no longer than the piece; got {n} and {m} frames")
     q, z = (passage - passage.mean(0)).double(), piece.double()
@@ -267,7 +269,7 @@ def self_similarity(z:torch.Tensor,  # Codes, shape (n, d)
                    )->np.ndarray:    # Shape (n + 9, n + 9); 0 is the ordinary likeness
     "Likeness of all pairs of frames, smoothed along diagonals."
     from scipy.signal import fftconvolve
-    u = F.normalize(z.double(), dim=1)
+    u = F.normalize(torch.as_tensor(z).double(), dim=1)
     D = (1 - u @ u.T).clamp(min=0).numpy()
     S = 1/(np.pad(D, (0, 9), constant_values=D.max()) + 1e-6)
     i = np.arange(len(S))

@@ -129,7 +129,7 @@ def look_through(system:Disentangler, # With a gated autoencoder
 def _stop(bad, n, max_bad):
     "An error where more is unusable than was allowed."
     if len(bad) <= max_bad*n: return
-    raise RecordingError(f"{len(bad)} of {n} recordings can't be used, more than the {max_bad:.0%} allowed: {_some(bad)}. Mend the list, or raise the share")
+    raise RecordingError(f"{len(bad)} of {n} recordings can't be used, more than the {max_bad:.0%} allowed: {_some(bad)}. Mend the list, or raise the share (--max-bad)")
 
 def check_place(out:Path):
     "Refuse a folder that can't be written to."
@@ -170,6 +170,7 @@ def in_key(system:Disentangler,  # With a gated autoencoder
     "A clip as its codes and a moved context tell it."
     check_intervals(system)
     bins = round(semitones*system.feature.bins_per_octave/12)
+    if abs(bins) >= system.feature.n_bins: raise ConvertError(f"{semitones:+g} semitones leave nothing of a band of {system.feature.n_bins*12/system.feature.bins_per_octave:g}")
     z = system.encode(wav)
     z['context'] = shift_bins(z['context'].mT, -bins).mT
     level = frame_levels(system.feature.magnitude(wav.reshape(-1, wav.shape[-1]).to(system.device)))
