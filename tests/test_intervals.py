@@ -200,6 +200,19 @@ def test_questions_are_transposed_and_changed_half_way(exam):
     assert np.abs(np.array(late) - 6).max() <= 1                     # its second half is three semitones higher
 
 
+def test_the_system_that_ships_passes_the_drawn_benchmark_and_is_what_its_card_says():
+    from disentangle_nb.evaluation.patterns import interval_codes, passed, scores
+    shipped = Disentangler.load('intervals-small', 'cpu')
+    got = scores(interval_codes(shipped.model), shipped.model)
+    assert all(passed(got).values()) and got['gap'] > .55
+    born = GatedAutoencoder(**shipped.model.args).eval()
+    assert not any(v for k, v in passed(scores(interval_codes(born), born)).items() if k != 'recon_spread')
+    card = study.check_card(study.IntervalsCard.from_dict(shipped.card['settings']))
+    assert card.preset == 'ours' and len(shipped.card['curve']['valid']) == card.epochs
+    recorded = next(r for r in study.study_results() if (r['card']['preset'], r['card']['seed']) == ('ours', 0))
+    assert abs(recorded['result']['drawn']['ours']['gap'] - got['gap']) < .01
+
+
 def test_even_melodies_have_no_rhythm():
     for s in study.melodies('test', 12, 8).values():
         e = study.even(s)
